@@ -1,0 +1,322 @@
+"""
+The draft side of (speculative) speculative decoding: outcome prediction, branch drafting, the speculation cache, and
+the backup for misses.
+
+A *speculation* is a token tree: node 0 is the root, the last token of the text, which no model has seen yet; the other
+M nodes are guesses for what follows. A plain lookahead of K tokens is a tree that is a chain. Verification ends in an
+*outcome* (node, t*): the last accepted node and the bonus token that the target put behind it. While the target works
+on that, the draft guesses N outcomes and drafts a whole new speculation for each: N *branches*.
+
+    cache slots of a sequence | committed prefix | trunk: M+1 nodes | branch 0: M+1 nodes | ... | branch N-1 |
+                                                 ^ prefix_len
+
+Shapes: B sequences, M+1 tree nodes, D tree depth, N branches, F guesses per node, V vocabulary.
+"""
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from kernels.noise import DRAFT
+from model import KVCache, prefill
+
+
+@dataclass
+class Speculation:
+    """A drafted token tree for each of B sequences ([B, R, ...] while R trees are drafted side by side)."""
+    tokens: torch.Tensor                    # [B, M+1]: root first; -1 is an empty node, which is never accepted
+    guesses: torch.Tensor | None = None     # [B, M+1, F]: best next tokens after each node that aren't its children
+    q: torch.Tensor | None = None           # [B, M+1, V]: what the children were sampled from (`residual` only)
+
+    def map(self, f):
+        return Speculation(*(None if x is None else f(x) for x in (self.tokens, self.guesses, self.q)))
+
+
+class Verdict(NamedTuple):
+    """How a verification ended: the outcome is (path[:, -1], bonus)."""
+    path: torch.Tensor                      # [B, D+1] accepted nodes, root first, the last one repeated
+    length: torch.Tensor                    # [B] k: how many of them follow the root
+    bonus: torch.Tensor                     # [B] t*: the target's own next token
+
+
+@dataclass
+class SpeculationCache:
+    """What the draft prepared for the coming outcome: branch i of a sequence answers (nodes[i], roots[b, i])."""
+    nodes: torch.Tensor                     # [N]
+    roots: torch.Tensor                     # [B, N]
+    branches: Speculation                   # [B, N, ...]
+
+    def lookup(self, verdict):
+        """Find each sequence's outcome. Returns hit [B] bool and branch [B] (any on a miss)."""
+        same = (self.nodes == verdict.path[:, -1:]) & (self.roots == verdict.bonus[:, None])        # [B, N]
+        found, branch = same.int().max(dim=1)
+        return found > 0, branch
+
+    def select(self, branch):
+        """The speculation that was drafted for branch [B]."""
+        batch = torch.arange(len(branch), device=branch.device)
+        return self.branches.map(lambda x: x[batch, branch])
+
+
+def saguaro_probs(logits, fan_out, c, widest=None):
+    """Saguaro sampling (Def. 14): q_C(t) ~ C e^{z_t} for t among the top F tokens, e^{z_t} for the others.
+
+    Tokens that sit in the speculation cache are drafted less, so the residual max(p - q, 0) puts more mass on them:
+    more hits, fewer acceptances. logits [..., V] (tempered); fan_out, F, int or int64 [...]; c in [0, 1], 1 is softmax;
+    widest: a host-side bound on fan_out, which saves looking. Returns q [..., V].
+    """
+    q = logits.softmax(-1)
+    if c == 1:
+        return q
+    fan_out = torch.as_tensor(fan_out, device=logits.device).expand(logits.shape[:-1])
+    top = logits.topk(int(fan_out.max()) if widest is None else widest).indices
+    weight = torch.where(torch.arange(top.shape[-1], device=logits.device) < fan_out[..., None], c, 1.0)
+    scaled = q * torch.ones_like(q).scatter(-1, top, weight)
+    total = scaled.sum(-1, keepdim=True)
+    return torch.where(total > 0, scaled / total, q)                # C = 0 and nothing outside the top F: plain q
+
+
+def prompt_lookup(history, length, depth, n=2):
+    """Draft without a model: what followed the latest earlier occurrence of the last n tokens (Saxena 2023).
+
+    history [B, C] int64 with length [B] tokens each. Returns [B, depth], -1 where nothing is known.
+    """
+    at = torch.arange(history.shape[1] - n, device=history.device)         # [W] start of a window with a successor
+    match = (at + n < length[:, None])                                      # [B, W]
+    for i in range(n):
+        last = history.gather(1, (length - n + i).clamp(min=0)[:, None])    # [B, 1]
+        match = match & (history[:, i:i + len(at)] == last)
+    start = torch.where(match, at, -1).max(dim=1).values                    # [B]
+    index = start[:, None] + n + torch.arange(depth, device=history.device)
+    known = (start >= 0)[:, None] & (index < length[:, None])
+    return torch.where(known, history.gather(1, index.clamp(0, history.shape[1] - 1)), -1)
+
+
+@dataclass
+class Level:
+    """One forward of drafting R trees side by side: the constants that say what goes where."""
+    nodes: list                             # the w nodes of this depth
+    offsets: torch.Tensor                   # [R*w] slot of each row, from prefix_len
+    mask: torch.Tensor                      # [R*w, S]
+    children: list                          # nodes of the next depth ...
+    parents: list                           # ... the index of their parent in `nodes` ...
+    ranks: list                             # ... and which choice of it they are
+    fan_out: torch.Tensor                   # [R*w] F of each row's node
+
+
+class Drafter:
+    """The draft model with its KV cache for B sequences, drafting speculations over a fixed tree."""
+
+    def __init__(self, model, prompts, tree, fan_out, sampler, options, room):
+        """fan_out: F_node for each node of the tree, or None where only speculations are wanted (SD).
+
+        room: cache slots for prompt, new tokens and speculation.
+        """
+        self.model, self.sampler, self.options = model, sampler, options
+        self.residual = options.accept == "residual" and not sampler.greedy
+        history = torch.zeros(len(prompts), room, dtype=torch.int64)
+        for row, prompt in zip(history, prompts):
+            row[:len(prompt)] = torch.tensor(prompt)
+        self.target_ids = model.d2t                                         # [V_draft] or None: ids are the target's
+        if model.d2t is not None:
+            self.draft_ids = torch.zeros(model.config.target_vocab_size, dtype=torch.int64, device=model.device)
+            self.draft_ids[model.d2t[1:]] = torch.arange(1, len(model.d2t), device=model.device)
+            prompts = [self.draft_ids[prompt].tolist() for prompt in prompts]
+        self.cache = KVCache(model.config, len(prompts), room, model.device, model.dtype)
+        self.prefix_len = prefill(model, self.cache, prompts)               # [B]
+        self.history = history.to(model.device)                             # [B, room] the text so far, target ids
+        self.forwards = 0
+        self.plan(tree, fan_out)
+
+    def plan(self, tree, fan_out):
+        """Lay out the drafting of `tree`, alone at the trunk and for every outcome (node, f < fan_out[node])."""
+        device, self.tree = self.model.device, tree
+        tensor = lambda x: torch.tensor(x, device=device)
+        self.counts = fan_out or [0] * tree.size                            # F_node
+        self.width = max(self.counts)                                       # F: guesses kept per node
+        self.fan_out = tensor(self.counts)
+        self.trunk = self.levels(0, torch.zeros(1, 0, dtype=torch.bool, device=device))
+        # [previous token, root]: the first sees the prefix, which ends in itself; the second also its own slot.
+        self.refeed = tensor([-1, 0]), tensor([-1, 0]), tensor([[False], [True]])
+        self.leaves = tensor(tree.levels[-1])
+        if fan_out:
+            outcomes = [(node, f) for node in range(tree.size) for f in range(fan_out[node])]
+            self.nodes, self.choices = map(tensor, zip(*outcomes))          # [N] each
+            self.branch_choice = [f for _, f in outcomes]
+            self.branches = self.levels(tree.size, tree.mask[self.nodes])
+
+    def levels(self, base, sees):
+        """Plan the D forwards that draft R trees into slots base.. ; sees [R, base]: the trunk slots above each root."""
+        tree, R, device = self.tree, len(sees), sees.device
+        own = torch.eye(R, dtype=torch.bool, device=device)[:, None, :, None]                   # [R, 1, R, 1]
+        plan = []
+        for nodes, below in zip(tree.levels, tree.levels[1:]):
+            w = len(nodes)
+            slots = base + torch.arange(R, device=device)[:, None] * tree.size + torch.tensor(nodes, device=device)
+            inside = (own & tree.mask[nodes][:, None]).reshape(R * w, R * tree.size)
+            plan.append(Level(nodes, slots.flatten(), torch.cat([sees.repeat_interleave(w, 0), inside], 1), below,
+                              [nodes.index(tree.parents[node]) for node in below], [tree.ranks[node] for node in below],
+                              self.fan_out[nodes].repeat(R)))
+        return plan
+
+    # -- one forward --------------------------------------------------------------------------------------------------
+
+    def forward(self, tokens, depth, offsets, mask):
+        """Feed tokens [B, T] (target ids) at positions prefix_len + depth and slots prefix_len + offsets ([B|1, T])."""
+        self.forwards += 1
+        if self.target_ids is not None:
+            tokens = self.draft_ids[tokens.clamp(min=0)]
+        start = self.prefix_len[:, None]
+        hidden = self.model(tokens, start + depth, start + offsets, self.prefix_len, mask, self.cache)
+        logits = self.model.logits(hidden)                                  # [B, T, V_draft]
+        if self.target_ids is not None:
+            logits[..., 0] = -torch.inf                                     # "any other token" can't be proposed
+        return logits
+
+    def in_target_ids(self, tokens):
+        return tokens if self.target_ids is None else self.target_ids[tokens]
+
+    def sample(self, logits, positions, n_children, fan_out):
+        """Draw the children of a node: its first, second, ... choice.
+
+        logits [B, T, V_draft] and positions [B, T] of the tokens to draw. Greedy and coupled take the best under the
+        sampler's scores. Residual samples from q_C without replacement (Gumbel top-k) with noise of its own, and
+        returns q for the verification. Returns children [B, T, n_children] (target ids), q [B, T, V] or None.
+        """
+        if not self.residual:
+            top = self.sampler.scores(logits, positions, self.target_ids).topk(n_children).indices
+            return self.in_target_ids(top), None
+        q = saguaro_probs(self.sampler.tempered(logits), fan_out, self.options.saguaro_c, self.width)
+        ids = torch.arange(q.shape[-1], device=q.device) if self.target_ids is None else self.target_ids
+        top = (q.log() + self.sampler.noise(DRAFT, positions, ids)).topk(n_children)
+        children = self.in_target_ids(top.indices).masked_fill(top.values == -torch.inf, -1)   # q had fewer tokens
+        if self.target_ids is not None:
+            wide = q.new_zeros(*q.shape[:-1], self.model.config.target_vocab_size)
+            q = wide.index_copy(-1, self.target_ids[1:], q[..., 1:])
+        return children, q
+
+    def guess(self, logits, positions, children):
+        """The F most likely next tokens that are not among `children` [B, T, c] (-1 excludes nothing): [B, T, F].
+
+        A rejected child can't be the bonus token: greedy and coupled would have accepted it, and the residual
+        max(p - q, 0) of a rejected token is zero.
+        """
+        scores = logits if self.residual else self.sampler.scores(logits, positions, self.target_ids)
+        wanted = min(self.width + children.shape[-1], logits.shape[-1])
+        top = self.in_target_ids(scores.topk(wanted).indices)               # [B, T, F+c]
+        taken = (top[..., None] == children[..., None, :]).any(-1)
+        order = taken.int().argsort(dim=-1, stable=True)[..., :self.width]  # the untaken first, best first
+        return top.gather(-1, order)
+
+    # -- drafting -----------------------------------------------------------------------------------------------------
+
+    def draft(self, roots, depth, levels, previous=None, known=None):
+        """Draft a tree under each of R roots per sequence, one forward a depth for all of them together.
+
+        roots [B, R]; depth [R]: their distance from the trunk's root. previous [B] (SD only, R = 1): the token before
+        the root, fed again beside it, because a fully accepted speculation ends in a token the draft has never seen.
+        known: (rows [B] bool, tokens [B, M+1]): rows whose tokens are given; for them this only fills the KV cache.
+        Returns a Speculation with [B, R, ...] fields; the deepest nodes have no guesses yet.
+        """
+        tree, (B, R) = self.tree, roots.shape
+        tokens = roots.new_full((B, R, tree.size), -1)
+        tokens[:, :, 0] = roots
+        guesses = roots.new_full((B, R, tree.size, self.width), -1)
+        q = None
+        for d, level in enumerate(levels):
+            w = len(level.nodes)
+            fed = tokens[:, :, level.nodes].flatten(1)                      # [B, R*w]
+            at = (depth + d).repeat_interleave(w)                           # [R*w]
+            if d == 0 and previous is not None:
+                logits = self.forward(torch.stack([previous, fed[:, 0]], 1), *self.refeed)[:, 1:]
+            else:
+                logits = self.forward(fed, at, level.offsets, level.mask)   # [B, R*w, V_draft]
+            positions = self.prefix_len[:, None] + at + 1
+            children, level_q = self.sample(logits, positions, max(level.ranks) + 1, level.fan_out)
+            tokens[:, :, level.children] = children.view(B, R, w, -1)[:, :, level.parents, level.ranks]
+            if known is not None:
+                tokens = torch.where(known[0][:, None, None], known[1][:, None], tokens)
+            if self.width:
+                drawn = self.children_of(tokens, level.nodes).flatten(1, 2)             # [B, R*w, C]
+                guesses[:, :, level.nodes] = self.guess(logits, positions, drawn).view(B, R, w, -1)
+            if level_q is not None:
+                q = level_q.new_zeros(B, R, tree.size, level_q.shape[-1]) if q is None else q
+                q[:, :, level.nodes] = level_q.view(B, R, w, -1)
+        return Speculation(tokens, guesses, q)
+
+    def children_of(self, tokens, nodes):
+        """The tokens drafted under `nodes`: tokens [..., M+1] -> [..., w, C], -1 where there is none."""
+        index = self.tree.children[nodes]                                   # [w, C]
+        return tokens[..., index.clamp(min=0)].masked_fill(index < 0, -1)
+
+    def speculate(self, root, previous=None, known=None):
+        """Draft a speculation just in time. root [B]; previous, known: see `draft`."""
+        return self.draft(root[:, None], torch.zeros_like(root[:1]), self.trunk, previous, known).map(lambda x: x[:, 0])
+
+    def precompute(self, spec, glue=False):
+        """While the target verifies `spec`: guess the outcomes and draft a speculation for each, D + 1 forwards.
+
+        The first forward feeds the deepest nodes, the only ones drafting hasn't fed, so that outcomes behind them can
+        be guessed too. glue: feed every node instead, because some speculation wasn't drafted by this model.
+        Returns a SpeculationCache.
+        """
+        tree = self.tree
+        nodes = list(range(tree.size)) if glue else tree.levels[-1]
+        at = tree.node_depth[nodes]
+        offsets = torch.tensor(nodes, device=at.device) if glue else self.leaves
+        logits = self.forward(spec.tokens[:, nodes], at, offsets, tree.mask[nodes])
+        guesses = spec.guesses.clone()
+        guesses[:, nodes] = self.guess(logits, self.prefix_len[:, None] + at + 1, self.children_of(spec.tokens, nodes))
+        roots = guesses[:, self.nodes, self.choices]                        # [B, N]
+        return SpeculationCache(self.nodes, roots, self.draft(roots, tree.node_depth[self.nodes] + 1, self.branches))
+
+    def commit(self, spec, verdict, hit=None, branch=None):
+        """Make the accepted path part of the prefix and, in SSD, the chosen branch the new trunk: one move of KV rows.
+
+        hit [B] bool, branch [B]: what the lookup found; sequences that missed only commit their path.
+        """
+        size, start = self.tree.size, self.prefix_len[:, None]
+        src, dst = path_slots(self.prefix_len, verdict)
+        self.history.scatter_(1, dst, spec.tokens.gather(1, src - start))
+        self.prefix_len = self.prefix_len + verdict.length + 1
+        self.history.scatter_(1, self.prefix_len[:, None], verdict.bonus[:, None])
+        if branch is not None:
+            node = torch.arange(size, device=start.device)
+            src = torch.cat([src, torch.where(hit[:, None], start + (branch[:, None] + 1) * size + node, start)], 1)
+            dst = torch.cat([dst, torch.where(hit[:, None], self.prefix_len[:, None] + node, start)], 1)
+        self.cache.commit(src, dst)
+
+    def fall_back(self, backup, spec, root, hit):
+        """Give the sequences that missed (hit [B] False) a speculation behind root [B]; the others keep theirs.
+
+        backup: "neural" drafts it with the model, D forwards that everybody waits for; "fast" looks the last tokens up
+        in the text so far and proposes what followed there, or nothing.
+        """
+        if backup == "neural":
+            new = self.speculate(root, known=(hit, spec.tokens))
+        else:
+            spine = [0]                                                     # the path of first choices
+            while (child := self.tree.first_child[spine[-1]]) > 0:
+                spine.append(child)
+            proposal = prompt_lookup(self.history, self.prefix_len + 1, len(spine) - 1)
+            new = Speculation(torch.full_like(spec.tokens, -1), spec.guesses, None)
+            new.tokens[:, spine] = torch.cat([root[:, None], proposal], 1)
+            if spec.q is not None:                                          # a proposal is drawn from a point mass
+                new.q = torch.zeros_like(spec.q)
+                new.q[:, spine[:-1]] = new.q[:, spine[:-1]].scatter(-1, proposal.clamp(min=0)[..., None],
+                                                                    (proposal >= 0)[..., None].to(spec.q.dtype))
+        rows = lambda x: hit.view(-1, *[1] * (x.dim() - 1))
+        merged = [None if x is None else torch.where(rows(x), old, x)
+                  for x, old in ((new.tokens, spec.tokens), (new.guesses, spec.guesses), (new.q, spec.q))]
+        return Speculation(*merged)
+
+    def keep(self, rows):
+        self.cache.keep(rows)
+        self.prefix_len, self.history = self.prefix_len[rows], self.history[rows]
+
+
+def path_slots(prefix_len, verdict):
+    """Where an accepted path lies and where it goes: src, dst [B, D+1]. Entries behind its end copy the root onto itself."""
+    start, i = prefix_len[:, None], torch.arange(verdict.path.shape[1], device=prefix_len.device)
+    live = i <= verdict.length[:, None]
+    return torch.where(live, start + verdict.path, start), torch.where(live, start + i, start)

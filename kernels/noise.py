@@ -1,0 +1,37 @@
+"""Counter-based random numbers: noise that is a pure function of (seed, stream, position, token id).
+
+Nothing is drawn in sequence, so the noise of a position is the same in a batch or alone, in ar, sd or ssd, for the
+target and for the draft. That is what couples the two (DESIGN of the `coupled` accept rule): the Gumbel-max trick makes
+argmax(logits / T + g) an exact sample of softmax(logits / T), and a draft that adds the same g guesses that sample.
+"""
+import torch
+
+TARGET, DRAFT, ACCEPT = 0, 1, 2     # streams: the shared sampling noise, a draft's private noise, accept/reject coins
+MASK = 0xFFFFFFFF
+
+
+def mix(h):
+    """A 32-bit finaliser with low bias (Wellons' lowbias32). int64 in and out: torch has no uint32 arithmetic."""
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & MASK
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & MASK
+    return h ^ (h >> 16)
+
+
+def uniform_ref(seeds, stream, positions, ids):
+    """Uniform numbers in (0, 1), 32 bits fine near zero, where a race of exponentials needs them.
+
+    seeds [B] int64, positions [B, T] int64, ids [..., n] int64 broadcast against [B, T, n] -> [B, T, n] float32.
+    """
+    key = mix((seeds & MASK) ^ mix(((seeds >> 32) & MASK) ^ mix(torch.full_like(seeds, stream + 1))))   # [B]
+    key = mix(key[:, None] ^ mix(positions + 0x9E3779B9 & MASK))                                        # [B, T]
+    h = mix(key[:, :, None] ^ mix(ids + 0x85EBCA6B & MASK))                                             # [B, T, n]
+    return ((h.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+
+
+def gumbel_ref(seeds, stream, positions, ids):
+    """Standard Gumbel noise -log(E), E = -log(1 - u); same arguments as `uniform`. Returns [B, T, n] float32."""
+    u = uniform_ref(seeds, stream, positions, ids)
+    return -torch.log(-torch.log1p(-u))
+
+
+uniform, gumbel = uniform_ref, gumbel_ref

@@ -1,0 +1,344 @@
+"""
+Llama in a single file: config, weights, KV cache, and one forward that serves every step of speculative decoding.
+
+The forward takes T new tokens per sequence that sit behind a committed prefix and form a *tree*: `mask[t, j]` says
+whether new token t descends from (or is) speculative slot j. Decoding one token, verifying a chain or a tree, drafting
+many branches at once and prefilling a chunk are all the same call with another mask.
+
+Shapes: B sequences, T new tokens, S speculative slots, C cache slots, H query heads, KV key/value heads, D head_dim,
+V vocabulary.
+
+References:
+1) Llama: https://github.com/meta-llama/llama-models (and the checkpoint layout of Hugging Face transformers)
+2) Attention as in nanoGPT: https://github.com/karpathy/nanoGPT/blob/master/model.py
+"""
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+import kernels
+from errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def read_json(path):
+    """The object in a JSON file; UserError if the file is missing or broken."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; expected a Hugging Face checkpoint folder with {Path(path).name}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read as JSON ({error}); download the checkpoint again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    ffn_dim: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None            # Llama 3.1's frequency scaling, as in HF's config.json
+    max_context: int = 2048
+    tie_embeddings: bool = False
+    bos_id: int | None = None
+    eos_ids: tuple = ()
+    dtype: torch.dtype = torch.bfloat16
+    target_vocab_size: int | None = None        # set for a draft with a trimmed vocabulary: the size of its target's
+
+    @classmethod
+    def from_folder(cls, folder):
+        """Read config.json (and eos from generation_config.json) in the spelling of transformers 4 or 5."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UserError(f"no such checkpoint folder: {folder}")
+        path = folder / "config.json"
+        hf = read_json(path)
+        if hf.get("model_type") != "llama" or hf.get("architectures", ["LlamaForCausalLM"]) != ["LlamaForCausalLM"]:
+            found = hf.get("architectures") or hf.get("model_type")
+            raise UserError(f"{path}: architecture is {found}, only LlamaForCausalLM (model_type llama) is supported")
+        if hf.get("attention_bias") or hf.get("mlp_bias") or hf.get("hidden_act", "silu") != "silu":
+            raise UserError(f"{path}: biases or hidden_act other than silu are not supported")
+        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})          # transformers 5 | 4
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            raise UserError(f"{path}: RoPE scaling '{kind}' is not supported, only 'default' and 'llama3'")
+        generation = folder / "generation_config.json"
+        eos = (read_json(generation) if generation.exists() else {}).get("eos_token_id", hf.get("eos_token_id"))
+        try:
+            return cls(
+                vocab_size=hf["vocab_size"], dim=hf["hidden_size"], n_layers=hf["num_hidden_layers"],
+                n_heads=hf["num_attention_heads"], ffn_dim=hf["intermediate_size"],
+                n_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
+                head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+                norm_eps=hf.get("rms_norm_eps", 1e-6),
+                rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
+                rope_scaling={k: rope[k] for k in ("factor", "low_freq_factor", "high_freq_factor",
+                                                   "original_max_position_embeddings")} if kind == "llama3" else None,
+                max_context=hf.get("max_position_embeddings", 2048),
+                tie_embeddings=hf.get("tie_word_embeddings", False), bos_id=hf.get("bos_token_id"),
+                eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+                dtype=DTYPES[hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"],
+                target_vocab_size=hf.get("saguaro_target_vocab_size"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: missing or broken value ({error!r}); expected a Llama config.json") from None
+
+    def to_hf(self):
+        """The config.json of this model; plain Llama unless the vocabulary is trimmed."""
+        rope = {"rope_type": "default"} if self.rope_scaling is None else {"rope_type": "llama3", **self.rope_scaling}
+        eos = list(self.eos_ids) if len(self.eos_ids) != 1 else self.eos_ids[0]
+        hf = dict(
+            architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=self.vocab_size, hidden_size=self.dim,
+            num_hidden_layers=self.n_layers, num_attention_heads=self.n_heads, num_key_value_heads=self.n_kv_heads,
+            head_dim=self.head_dim, intermediate_size=self.ffn_dim, rms_norm_eps=self.norm_eps,
+            rope_theta=self.rope_theta, rope_scaling=None if self.rope_scaling is None else rope,
+            rope_parameters={"rope_theta": self.rope_theta, **rope}, max_position_embeddings=self.max_context,
+            tie_word_embeddings=self.tie_embeddings, bos_token_id=self.bos_id, eos_token_id=eos or None,
+            hidden_act="silu", attention_bias=False, mlp_bias=False,
+            torch_dtype=next(name for name, dtype in DTYPES.items() if dtype == self.dtype))
+        if self.target_vocab_size is not None:
+            hf["saguaro_target_vocab_size"] = self.target_vocab_size
+            hf["saguaro_note"] = "Trimmed draft vocabulary: tensor d2t maps our ids to the target's; only saguaro reads it."
+        return hf
+
+
+def rope_frequencies(config):
+    """Angle per position for each pair of dimensions, [D/2] float32 (Su et al. 2021; scaling of Llama 3.1)."""
+    D = config.head_dim
+    freqs = 1.0 / config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.int64).float() / D)
+    if (s := config.rope_scaling) is None:
+        return freqs
+    # Long wavelengths are slowed down by `factor`, short ones kept, those between are blended.
+    turns = s["original_max_position_embeddings"] * freqs / (2 * math.pi)   # rotations within the original context
+    keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+    return freqs * (keep + (1 - keep) / s["factor"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# KV cache
+
+class KVCache:
+    """Keys and values of B sequences in C preallocated slots: k, v [L, B, KV, C, D].
+
+    A sequence's committed prefix is slots 0..prefix_len-1, slot = position; the slots behind it are scratch for
+    speculation, where slot is only storage. The owner keeps prefix_len.
+    """
+
+    def __init__(self, config, batch, capacity, device, dtype):
+        self.shape = (config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim)
+        # Zeros, not empty: masked slots still enter a product with weight 0, and 0 * NaN would be NaN.
+        self.k = torch.zeros(self.shape, device=device, dtype=dtype)
+        self.v = torch.zeros(self.shape, device=device, dtype=dtype)
+
+    @property
+    def capacity(self):
+        return self.k.shape[3]
+
+    def commit(self, src, dst):
+        """Copy slots src[b, i] to dst[b, i], all reads before all writes (src, dst [B, P] int64)."""
+        kernels.commit(self.k, self.v, src, dst)
+
+    def keep(self, rows):
+        """Go on with the sequences `rows` (list of int, ascending) alone; later steps cost nothing for the others."""
+        for cache in (self.k, self.v):
+            for layer in cache:                                             # a layer at a time bounds the temporary
+                layer[:len(rows)] = layer[rows]
+        self.k, self.v = self.k[:, :len(rows)], self.v[:, :len(rows)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model
+
+class Layer(nn.Module):
+    def __init__(self, c, new):
+        super().__init__()
+        self.attn_norm = new(c.dim)
+        self.wqkv = new((c.n_heads + 2 * c.n_kv_heads) * c.head_dim, c.dim)     # rows: q, then k, then v
+        self.wo = new(c.dim, c.n_heads * c.head_dim)
+        self.mlp_norm = new(c.dim)
+        self.w_gate_up = new(2 * c.ffn_dim, c.dim)                              # rows: gate, then up
+        self.w_down = new(c.dim, c.ffn_dim)
+
+
+class Llama(nn.Module):
+    def __init__(self, config, device=None, dtype=None):
+        """Uninitialised weights on `device` in `dtype` (default: the config's)."""
+        super().__init__()
+        c = self.config = config
+        new = lambda *shape: nn.Parameter(torch.empty(shape, device=device, dtype=dtype or c.dtype), requires_grad=False)
+        self.embed = new(c.vocab_size, c.dim)
+        self.layers = nn.ModuleList(Layer(c, new) for _ in range(c.n_layers))
+        self.norm = new(c.dim)
+        self.head = self.embed if c.tie_embeddings else new(c.vocab_size, c.dim)
+        self.register_buffer("freqs", rope_frequencies(c).to(device), persistent=False)
+        # A trimmed draft's id -> target id; draft id 0 stands for every token it doesn't know and maps to -1.
+        trimmed = c.target_vocab_size is not None
+        self.register_buffer("d2t", torch.full((c.vocab_size,), -1, device=device) if trimmed else None)
+
+    @property
+    def device(self):
+        return self.embed.device
+
+    @property
+    def dtype(self):
+        return self.embed.dtype
+
+    def forward(self, tokens, positions, slots, prefix_len, mask, cache, end=None):
+        """One step over a token tree; writes the new tokens' K and V into `cache`.
+
+        tokens, positions, slots [B, T] int64: token ids (-1, an empty tree node, reads as 0), RoPE positions (depth in
+        the text), cache slots (storage). prefix_len [B] int64. mask [T, S] bool: new token t sees speculative slot j,
+        i.e. cache slot prefix_len + j, besides the whole prefix. No token may see a slot above its step's highest.
+        end: a host-side bound on the slots in use, if the caller knows one. Returns hidden [B, T, dim] before the
+        final norm.
+        """
+        if end is None:     # looking costs a sync on the GPU; there the whole capacity is the bound
+            end = cache.capacity if tokens.is_cuda else int(slots.max()) + 1
+        visible = kernels.visibility(prefix_len, mask, end)
+        angles = positions[..., None].float() * self.freqs                  # [B, T, D/2]
+        cos, sin = angles.cos(), angles.sin()
+        eps = self.config.norm_eps
+        x = self.embed[tokens.clamp(min=0)]                                 # [B, T, dim]
+        for layer, k, v in zip(self.layers, cache.k, cache.v):
+            q = kernels.qkv_rope(x, layer.attn_norm, eps, layer.wqkv, cos, sin, slots, k, v)    # [B, T, H, D]
+            y = kernels.tree_attention(q, k, v, visible)
+            x = kernels.linear(y.flatten(2), layer.wo, residual=x)
+            h = kernels.swiglu_linear(x, layer.mlp_norm, eps, layer.w_gate_up)                  # [B, T, ffn]
+            x = kernels.linear(h, layer.w_down, residual=x)
+        return x
+
+    def logits(self, hidden):
+        """hidden [..., dim] -> [..., V] float32."""
+        return kernels.head(hidden, self.norm, self.config.norm_eps, self.head)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def hf_tensors(self):
+        """Yield (name in a HF checkpoint, the view of ours that holds it): a fused weight is several of HF's, stacked."""
+        c = self.config
+        yield "model.embed_tokens.weight", self.embed
+        for i, layer in enumerate(self.layers):
+            q, k, v = layer.wqkv.split([n * c.head_dim for n in (c.n_heads, c.n_kv_heads, c.n_kv_heads)])
+            gate, up = layer.w_gate_up.chunk(2)
+            for name, view in (("input_layernorm", layer.attn_norm), ("self_attn.q_proj", q), ("self_attn.k_proj", k),
+                               ("self_attn.v_proj", v), ("self_attn.o_proj", layer.wo),
+                               ("post_attention_layernorm", layer.mlp_norm), ("mlp.gate_proj", gate),
+                               ("mlp.up_proj", up), ("mlp.down_proj", layer.w_down)):
+                yield f"model.layers.{i}.{name}.weight", view
+        yield "model.norm.weight", self.norm
+        if not c.tie_embeddings:
+            yield "lm_head.weight", self.head
+        if self.d2t is not None:
+            yield "d2t", self.d2t
+
+    @classmethod
+    def load(cls, folder, device="cpu", dtype=None, progress=None):
+        """Read a HF folder, one tensor at a time out of memory-mapped files straight into its place.
+
+        progress: called as progress(done, total) in bytes. Raises UserError for anything wrong with the folder.
+        """
+        folder = Path(folder)
+        config = LlamaConfig.from_folder(folder)
+        files = checkpoint_files(folder)                                    # tensor name -> open file
+        model = cls(config, device=device, dtype=dtype)
+        views = list(model.hf_tensors())
+        total, done = sum(view.numel() * view.element_size() for _, view in views), 0
+        for name, view in views:
+            if name not in files:
+                raise UserError(f"{folder}: tensor {name} is missing from the safetensors files")
+            tensor = files[name].get_tensor(name)
+            if tensor.shape != view.shape:
+                raise UserError(f"{folder}: tensor {name} has shape {list(tensor.shape)}, "
+                                f"config.json asks for {list(view.shape)}")
+            view.copy_(tensor)
+            done += view.numel() * view.element_size()
+            if progress:
+                progress(done, total)
+        return model
+
+    def save(self, folder):
+        """Write config.json, generation_config.json and model.safetensors as transformers lays them out."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: view.detach().cpu().contiguous() for name, view in self.hf_tensors()},
+                  folder / "model.safetensors", metadata={"format": "pt"})
+        hf = {**self.config.to_hf(), "torch_dtype": str(self.dtype).removeprefix("torch.")}
+        (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+        generation = {key: hf[key] for key in ("bos_token_id", "eos_token_id")}
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+    @classmethod
+    def random(cls, config, seed=0, device="cpu", dtype=None):
+        """Seeded weights, the same on every device: normal, scaled so that activations keep their size."""
+        model = cls(config, device=device, dtype=dtype)
+        generator = torch.Generator().manual_seed(seed)
+        for param in model.parameters():
+            if param.dim() == 1:
+                param.fill_(1.0)
+            else:
+                param.copy_(torch.empty(param.shape).normal_(0, param.shape[1] ** -0.5, generator=generator))
+        return model
+
+
+def checkpoint_files(folder):
+    """Open the safetensors file or shards of a folder: {tensor name: open file}."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{index}: no weight_map; expected tensor name -> shard file")
+        names = sorted(set(weight_map.values()))
+    else:
+        names = ["model.safetensors"]
+    files = {}
+    for name in names:
+        path = folder / name
+        if not path.exists():
+            raise UserError(f"{path} is missing; download the checkpoint again (only safetensors are read)")
+        try:
+            file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is truncated or broken ({error}); download it again") from None
+        files.update(dict.fromkeys(file.keys(), file))
+    return files
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prefill
+
+@torch.inference_mode()
+def prefill(model, cache, prompts, chunk=512):
+    """Fill the cache with all but the last token of each prompt; that one is the root of the first decoding step.
+
+    prompts: list of B token lists (model ids), not empty. Returns prefix_len [B] int64. Prompts of different lengths go
+    together: a shorter one's padding writes slots behind its prefix, which decoding overwrites before it looks.
+    """
+    lengths = [len(prompt) - 1 for prompt in prompts]
+    longest = max(lengths)
+    padded = [prompt[:-1] + [0] * (longest - len(prompt) + 1) for prompt in prompts]
+    tokens = torch.tensor(padded, dtype=torch.int64).to(model.device)       # [B, longest]
+    B = len(prompts)
+    for start in range(0, longest, chunk):
+        T = min(chunk, longest - start)
+        positions = torch.arange(start, start + T, device=model.device).expand(B, T)
+        causal = torch.ones(T, T, dtype=torch.bool, device=model.device).tril()
+        prefix_len = torch.full((B,), start, device=model.device)
+        model(tokens[:, start:start + T], positions, positions, prefix_len, causal, cache, end=start + T)
+    return torch.tensor(lengths, dtype=torch.int64).to(model.device)

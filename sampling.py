@@ -1,0 +1,62 @@
+"""From logits to tokens: temperature, top-k, top-p and the shared noise that makes sampling look like greedy decoding."""
+from dataclasses import dataclass
+
+import torch
+
+import kernels
+from kernels.noise import TARGET
+
+
+@dataclass(frozen=True)
+class Sampling:
+    temperature: float = 0.0    # 0 is greedy
+    top_k: int = 0              # 0 is off
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def filter_logits(logits, top_k, top_p):
+    """Keep the top_k largest logits and of those the smallest set with mass >= top_p; the others become -inf."""
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+    if top_p < 1:
+        values, order = logits.sort(dim=-1, descending=True)
+        probs = values.softmax(-1)
+        drop = probs.cumsum(-1) - probs >= top_p                    # mass before the token: the first is always kept
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+    return logits
+
+
+class Sampler:
+    """Sampling for B sequences with a seed each. The text of a sequence depends on its seed, not on its batch."""
+
+    def __init__(self, sampling, seeds, device):
+        self.temperature, self.top_k, self.top_p = sampling.temperature, sampling.top_k, sampling.top_p
+        self.seeds = torch.tensor(seeds, dtype=torch.int64).to(device)      # [B]
+
+    @property
+    def greedy(self):
+        return self.temperature == 0
+
+    def keep(self, rows):
+        self.seeds = self.seeds[rows]
+
+    def tempered(self, logits):
+        """logits / temperature after top-k and top-p: softmax of it is the distribution sampled from."""
+        return logits if self.greedy else filter_logits(logits / self.temperature, self.top_k, self.top_p)
+
+    def noise(self, stream, positions, ids):
+        """Gumbel noise of the tokens `ids` [n] at positions [B, T] -> [B, T, n]."""
+        return kernels.gumbel(self.seeds, stream, positions, ids)
+
+    def scores(self, logits, positions, ids=None):
+        """Scores whose argmax is the token at each position: an exact sample, by the Gumbel-max trick.
+
+        logits [B, T, n], positions [B, T] of the token to choose, ids [n] the vocabulary ids of the logits (default
+        0..n-1). The noise depends on (seed, position, id) alone, so two models that score the same position share it:
+        the better they agree, the more often they sample the same token (the `coupled` rule).
+        """
+        if self.greedy:
+            return logits
+        ids = torch.arange(logits.shape[-1], device=logits.device) if ids is None else ids
+        return self.tempered(logits) + self.noise(TARGET, positions, ids)

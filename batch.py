@@ -1,0 +1,224 @@
+"""Options, measurements and the bookkeeping of a batch: what the loops of saguaro.py need and the algorithm doesn't."""
+import time
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from errors import UserError
+from sampling import Sampler
+
+MAX_NODES = 128         # drafted tokens in a tree; more rows than this no longer ride for free in a verify
+
+
+@dataclass(frozen=True)
+class Options:
+    k: int = 6                      # lookahead of a chain, greatest depth of a tree of N nodes
+    tree: str | None = None         # None: a chain; "4,2,1,1": children per depth; "32": the best tree of 32 nodes
+    fanout: str = "geometric"       # "uniform" | "geometric" | "auto"
+    fanout_budget: int = 16         # outcomes guessed per sequence and round
+    saguaro_c: float = 1.0
+    accept: str = "coupled"         # "coupled" | "residual"
+    backup: str = "neural"          # "neural" | "fast" | "auto"
+
+    def check(self):
+        """Raise UserError if a value is out of range."""
+        widths = self.widths()
+        n, nodes = 1, 0
+        for width in widths if isinstance(widths, list) else []:
+            nodes, n = nodes + n * width, n * width
+        nodes = widths if isinstance(widths, int) else nodes if widths else self.k
+        for bad, message in (
+            (self.k < 1, f"K must be at least 1, got {self.k}"),
+            (self.tree is not None and nodes < 1, f"a tree needs at least 1 node, got '{self.tree}'"),
+            (nodes > MAX_NODES, f"the tree has {nodes} nodes, at most {MAX_NODES} are supported; use fewer"),
+            (self.fanout_budget < 1, f"the fan-out budget must be at least 1, got {self.fanout_budget}"),
+            (not 0 <= self.saguaro_c <= 1, f"C must lie in [0, 1], got {self.saguaro_c}"),
+            (self.fanout not in ("uniform", "geometric", "auto"), f"unknown fan-out '{self.fanout}'"),
+            (self.accept not in ("coupled", "residual"), f"unknown accept rule '{self.accept}'"),
+            (self.backup not in ("neural", "fast", "auto"), f"unknown backup '{self.backup}'"),
+        ):
+            if bad:
+                raise UserError(message)
+
+    def widths(self):
+        """The --tree option: None (chain), an int (nodes of the best tree) or a list (children per depth)."""
+        if self.tree is None:
+            return None
+        try:
+            widths = [int(part) for part in self.tree.split(",")]
+        except ValueError:
+            widths = [0]
+        if min(widths) < 1:
+            raise UserError(f"--tree is '{self.tree}'; expected children per depth such as 4,2,1,1 or a size such as 32")
+        return widths if len(widths) > 1 else widths[0]
+
+
+@dataclass
+class Stats:
+    """What a loop did, filled in while it runs. A sequence-round is one sequence in one round."""
+    prefill_seconds: float = 0.0
+    seconds: float = 0.0            # decoding: from the end of the prefill on
+    tokens: int = 0                 # given out, i.e. cut at stop ids and budgets
+    rounds: int = 0
+    sequence_rounds: int = 0
+    accepted: int = 0               # drafted tokens that the target agreed with
+    tested: int = 0                 # ... of those it looked at: the accepted ones, and one rejected if there was one
+    lookups: int = 0                # outcomes looked up in the speculation cache, of sequences that went on
+    hits: int = 0
+    batch_lookups: int = 0          # the same for whole rounds: a batch hit means that every sequence hit
+    batch_hits: int = 0
+    draft_forwards: int = 0
+    choices: list = field(default_factory=lambda: [[0, 0] for _ in range(32)])  # draft's r-th choice: [seen, taken]
+    stops: dict = field(default_factory=dict)       # node -> sequence-rounds that ended there, since the last plan
+    misses: dict = field(default_factory=dict)      # F -> [lookups, misses] of outcomes at nodes with F guesses
+    sources: dict = field(default_factory=dict)     # "hit" | "neural" | "fast" -> [speculations, tokens they yielded]
+    waits: dict = field(default_factory=dict)       # "hit" | "neural" | "fast" -> [rounds, seconds] by backup in use
+    trace: list | None = None       # set to [] to get a dict per sequence-round
+
+    tokens_per_round = property(lambda s: s.tokens / max(1, s.sequence_rounds))
+    acceptance_rate = property(lambda s: s.accepted / max(1, s.tested))
+    hit_rate = property(lambda s: s.hits / max(1, s.lookups))
+    all_hit_rate = property(lambda s: s.batch_hits / max(1, s.batch_lookups))
+    forwards_per_round = property(lambda s: s.draft_forwards / max(1, s.rounds))
+
+    def summary(self):
+        names = ("tokens", "rounds", "seconds", "prefill_seconds", "tokens_per_round", "acceptance_rate", "hit_rate",
+                 "all_hit_rate", "forwards_per_round")
+        return {name: getattr(self, name) for name in names}
+
+    def rank_acceptance(self):
+        """Chance that the target takes the draft's 1st, 2nd, ... choice; a prior worth 16 looks stands in at first."""
+        prior = [0.7] + [0.1 / r ** 1.5 for r in range(1, len(self.choices))]
+        return [(taken + 16 * p) / (seen + 16) for (seen, taken), p in zip(self.choices, prior)]
+
+    def stop_probability(self, tree):
+        """P(node) as measured; the rank model, worth 16 rounds, stands in for what hasn't been seen."""
+        seen = sum(self.stops.values())
+        model = tree.stop_probability(self.rank_acceptance())
+        return [(self.stops.get(node, 0) + 16 * p) / (seen + 16) for node, p in enumerate(model)]
+
+    def miss_exponent(self):
+        """r of miss(F) = F^-r (Def. 11) that makes the expected number of misses the observed one."""
+        prior = (4, 16, 16 * 4 ** -0.8)
+        seen = [prior] + [(f, n, missed) for f, (n, missed) in self.misses.items() if f > 1]
+        low, high = 0.05, 5.0
+        for _ in range(30):
+            r = (low + high) / 2
+            low, high = (r, high) if sum(n * f ** -r - missed for f, n, missed in seen) > 0 else (low, r)
+        return r
+
+
+class Chunk(NamedTuple):
+    """New tokens of one sequence in one round; origins: "accepted-hit" | "accepted-miss" | "bonus", one a token."""
+    sequence: int
+    tokens: list
+    origins: list
+
+
+class Batch:
+    """The sequences of a loop: their budgets and stop ids, who still lives, and what comes out."""
+
+    def __init__(self, target, prompts, max_new_tokens, sampling, stop_ids, seeds, stats, draft=None):
+        """Raises UserError for a request that the models can't serve."""
+        self.left = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        for prompt, new in zip(prompts, self.left):
+            if not prompt or new < 1:
+                raise UserError("a prompt is empty" if not prompt else f"max-new-tokens must be at least 1, got {new}")
+            for name, model in (("target", target), ("draft", draft)):
+                if model is not None and len(prompt) + new > model.config.max_context:
+                    raise UserError(f"{len(prompt)} prompt tokens and {new} new ones exceed the {name}'s context of "
+                                    f"{model.config.max_context}; shorten the prompt or lower --max-new-tokens")
+        if draft is not None:
+            check_vocabularies(target.config, draft.config)
+        self.stats = Stats() if stats is None else stats
+        self.live, self.stop_ids, self.started = list(range(len(prompts))), set(stop_ids), time.perf_counter()
+        self.length = max(len(prompt) + new for prompt, new in zip(prompts, self.left))
+        self.sampler = Sampler(sampling, [sampling.seed] * len(prompts) if seeds is None else seeds, target.device)
+        self.root = torch.tensor([prompt[-1] for prompt in prompts]).to(target.device)      # [B]
+        self.sources = ["neural"] * len(prompts)    # where each live sequence's speculation came from
+
+    def prefilled(self):
+        now = time.perf_counter()
+        self.stats.prefill_seconds += now - self.started
+        self.started = self.round_started = now
+
+    def finish_round(self, tree, spec, verdict, drafter=None, hit=None, branch=None):
+        """Read the outcome back (the one host sync of a round), count it, and cut the text to what is wanted.
+
+        drafter, hit [B], branch [B]: in SSD, what the lookup found. Returns (chunks, rows that go on, whether each of
+        them hit).
+        """
+        stats = self.stats
+        tokens = spec.tokens.gather(1, verdict.path)[:, 1:]                                         # [B, D]
+        offered = ((tree.parent == verdict.path[:, -1:]) & (spec.tokens >= 0)).any(1)               # could it reject?
+        columns = [verdict.length, verdict.bonus, offered] + ([] if hit is None else [hit, branch])
+        table = torch.cat([tokens, verdict.path, torch.stack([c.long() for c in columns], 1)], 1).tolist()
+        chunks, rows, hits, D = [], [], [], tree.depth
+        for row, (sequence, line) in enumerate(zip(self.live, table)):
+            path, (k, bonus, tested), lookup = line[D:2 * D + 1], line[2 * D + 1:2 * D + 4], line[2 * D + 4:]
+            new, node = line[:k] + [bonus], path[k]
+            cut = next((j + 1 for j, token in enumerate(new) if token in self.stop_ids), len(new))
+            cut = min(cut, self.left[row])
+            self.left[row] = 0 if new[cut - 1] in self.stop_ids else self.left[row] - cut
+            source, found = self.sources[row], bool(lookup and lookup[0])
+            origin = "accepted-hit" if source == "hit" else "accepted-miss"
+            chunks.append(Chunk(sequence, new[:cut], ([origin] * k + ["bonus"])[:cut]))
+            if self.left[row]:
+                rows.append(row)
+                hits.append(found)
+
+            stats.tokens += cut
+            stats.accepted += k
+            stats.tested += k + tested
+            stats.stops[node] = stats.stops.get(node, 0) + 1
+            stats.sources[source] = [a + b for a, b in zip(stats.sources.get(source, [0, 0]), (1, k + 1))]
+            for at, choice in zip(path, [tree.ranks[n] for n in path[1:k + 1]] + [None]):
+                seen = tree.n_children[at]
+                if drafter is not None and at == node:      # the guesses behind the children were looked at as well
+                    seen += drafter.counts[node]
+                    choice = tree.n_children[node] + drafter.branch_choice[lookup[1]] if found else None
+                for r in range(min(seen, len(stats.choices))):
+                    stats.choices[r][0] += 1
+                    stats.choices[r][1] += r == choice
+            if drafter is not None and self.left[row]:
+                fan = stats.misses.setdefault(drafter.counts[node], [0, 0])
+                fan[0], fan[1] = fan[0] + 1, fan[1] + (not found)
+            if stats.trace is not None:
+                stats.trace.append(dict(round=stats.rounds, sequence=sequence, source=source, accepted=k, node=node,
+                                        tested=k + tested, tokens=new[:cut], lookup=found if self.left[row] else None))
+        stats.rounds += 1
+        stats.sequence_rounds += len(table)
+        if drafter is not None:
+            stats.lookups += len(hits)
+            stats.hits += sum(hits)
+            stats.batch_lookups += bool(hits)
+            stats.batch_hits += bool(hits) and all(hits)
+            stats.draft_forwards = drafter.forwards
+        stats.seconds = time.perf_counter() - self.started
+        return chunks, rows, hits
+
+    def start_round(self, hits, backup):
+        """Note where the speculations of the coming round come from, and how long the last one took."""
+        now = time.perf_counter()
+        self.sources = ["hit" if hit else backup for hit in hits]
+        wait = self.stats.waits.setdefault("hit" if all(hits) else backup, [0, 0.0])
+        wait[0], wait[1] = wait[0] + 1, wait[1] + now - self.round_started
+        self.round_started = now
+
+    def drop_finished(self, rows, *parts):
+        """Go on with `rows` only, in all parts: a finished sequence costs nothing any more."""
+        for part in (self.sampler, *parts):
+            part.keep(rows)
+        for name in ("left", "live"):
+            setattr(self, name, [getattr(self, name)[row] for row in rows])
+
+
+def check_vocabularies(target, draft):
+    """UserError unless the draft's token ids mean something to the target (configs of both)."""
+    if draft.target_vocab_size is None and draft.vocab_size != target.vocab_size:
+        raise UserError(f"the draft's vocabulary has {draft.vocab_size} tokens and the target's {target.vocab_size}; "
+                        f"a draft must share its target's tokenizer (distill.py makes one)")
+    if draft.target_vocab_size not in (None, target.vocab_size):
+        raise UserError(f"the draft was made for a target vocabulary of {draft.target_vocab_size} tokens, the target's "
+                        f"has {target.vocab_size}; distill a draft for this target")

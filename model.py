@@ -153,7 +153,7 @@ class KVCache:
 
     def commit(self, src, dst):
         """Copy slots src[b, i] to dst[b, i], all reads before all writes (src, dst [B, P] int64)."""
-        kernels.commit(self.k, self.v, src, dst)
+        (kernels.TRITON if self.k.is_cuda else kernels.TORCH).commit(self.k, self.v, src, dst)
 
     def keep(self, rows):
         """Go on with the sequences `rows` (list of int, ascending) alone; later steps cost nothing for the others."""
@@ -187,6 +187,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Layer(c, new) for _ in range(c.n_layers))
         self.norm = new(c.dim)
         self.head = self.embed if c.tie_embeddings else new(c.vocab_size, c.dim)
+        self.ops = kernels.TRITON if torch.device(device or "cpu").type == "cuda" else kernels.TORCH
         self.register_buffer("freqs", rope_frequencies(c).to(device), persistent=False)
         # A trimmed draft's id -> target id; draft id 0 stands for every token it doesn't know and maps to -1.
         trimmed = c.target_vocab_size is not None
@@ -206,27 +207,26 @@ class Llama(nn.Module):
         tokens, positions, slots [B, T] int64: token ids (-1, an empty tree node, reads as 0), RoPE positions (depth in
         the text), cache slots (storage). prefix_len [B] int64. mask [T, S] bool: new token t sees speculative slot j,
         i.e. cache slot prefix_len + j, besides the whole prefix. No token may see a slot above its step's highest.
-        end: a host-side bound on the slots in use, if the caller knows one. Returns hidden [B, T, dim] before the
+        end: a host-side bound on the slots in use, if the caller knows one. Returns hidden [B, T, dim] after the
         final norm.
         """
         if end is None:     # looking costs a sync on the GPU; there the whole capacity is the bound
             end = cache.capacity if tokens.is_cuda else int(slots.max()) + 1
-        visible = kernels.visibility(prefix_len, mask, end)
-        angles = positions[..., None].float() * self.freqs                  # [B, T, D/2]
-        cos, sin = angles.cos(), angles.sin()
-        eps = self.config.norm_eps
-        x = self.embed[tokens.clamp(min=0)]                                 # [B, T, dim]
-        for layer, k, v in zip(self.layers, cache.k, cache.v):
-            q = kernels.qkv_rope(x, layer.attn_norm, eps, layer.wqkv, cos, sin, slots, k, v)    # [B, T, H, D]
-            y = kernels.tree_attention(q, k, v, visible)
-            x = kernels.linear(y.flatten(2), layer.wo, residual=x)
-            h = kernels.swiglu_linear(x, layer.mlp_norm, eps, layer.w_gate_up)                  # [B, T, ffn]
-            x = kernels.linear(h, layer.w_down, residual=x)
-        return x
+        ops = self.ops if tokens.numel() <= kernels.MAX_ROWS else kernels.TORCH     # many rows: cuBLAS is best
+        visible, eps = ops.visibility(prefix_len, mask, end), self.config.norm_eps
+        # x, the residual stream, travels with the sums of squares of its rows, which is all that RMSNorm must know.
+        x, cos, sin, sums = ops.embed(tokens, positions, self.embed, self.freqs, 2 * len(self.layers) + 1)
+        for i, (layer, k, v) in enumerate(zip(self.layers, cache.k, cache.v)):
+            q = ops.qkv_rope(x, sums[2 * i], layer.attn_norm, eps, layer.wqkv, cos, sin, slots, k, v)   # [B, T, H, D]
+            y = ops.tree_attention(q, k, v, visible)
+            x = ops.linear(y.flatten(2), layer.wo, residual=x, sums=sums[2 * i + 1])
+            h = ops.swiglu_linear(x, sums[2 * i + 1], layer.mlp_norm, eps, layer.w_gate_up)             # [B, T, ffn]
+            x = ops.linear(h, layer.w_down, residual=x, sums=sums[2 * i + 2])
+        return ops.rms_norm(x, self.norm, eps)
 
     def logits(self, hidden):
         """hidden [..., dim] -> [..., V] float32."""
-        return kernels.head(hidden, self.norm, self.config.norm_eps, self.head)
+        return (self.ops if hidden[..., 0].numel() <= kernels.MAX_ROWS else kernels.TORCH).head(hidden, self.head)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

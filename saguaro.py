@@ -57,7 +57,7 @@ def accept_coupled(tokens, tree, own):
 
     tokens [B, M+1]; own [B, M+1] the target's token after each node, argmax(logits / T + g). Returns a Verdict.
     """
-    path, length = kernels.walk(tokens, tree.parent, tree.depth, own)
+    path, length = (kernels.TRITON if own.is_cuda else kernels.TORCH).walk(tokens, tree.parent, tree.depth, own)
     return Verdict(path, length, own.gather(1, path[:, -1:])[:, 0])
 
 

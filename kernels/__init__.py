@@ -1,13 +1,21 @@
-"""One op a file: what it computes and which bytes it moves, then `x_ref` in plain torch, which defines what correct means.
+"""One op a file: what it computes and which bytes it moves, then `x_ref` in plain torch, which defines what correct means,
+then the Triton kernel and its launcher `x`, which keeps the same contract.
 
-`model.py` and the loops call `x`; the twins `x_ref` run everywhere and are what the tests compare with.
+`TORCH` and `TRITON` hold the ops of a forward under the same names; a model carries one of them as `model.ops`.
 """
-from kernels.accept import walk
-from kernels.commit import commit
-from kernels.head import head
-from kernels.linear import linear, qkv_rope, rms_norm, swiglu_linear
-from kernels.noise import gumbel, uniform
-from kernels.tree_attention import tree_attention, visibility
+from types import SimpleNamespace
 
-__all__ = ["commit", "gumbel", "head", "linear", "qkv_rope", "rms_norm", "swiglu_linear", "tree_attention", "uniform",
-           "visibility", "walk"]
+from kernels import accept, commit, embed, head, linear, tree_attention
+from kernels.launch import MAX_ROWS, Int8Weight
+from kernels.noise import gumbel, uniform
+
+TORCH = SimpleNamespace(
+    name="torch", embed=embed.embed_ref, linear=linear.linear_ref, swiglu_linear=linear.swiglu_linear_ref,
+    qkv_rope=linear.qkv_rope_ref, visibility=tree_attention.visibility_ref, tree_attention=tree_attention.tree_attention_ref,
+    rms_norm=linear.rms_norm_ref, head=head.head_ref, best=head.best_ref, commit=commit.commit_ref, walk=accept.walk_ref)
+TRITON = SimpleNamespace(
+    name="triton", embed=embed.embed, linear=linear.linear, swiglu_linear=linear.swiglu_linear, qkv_rope=linear.qkv_rope,
+    visibility=tree_attention.visibility, tree_attention=tree_attention.tree_attention, rms_norm=head.norm, head=head.head,
+    best=head.best, commit=commit.commit, walk=accept.walk)
+
+__all__ = ["MAX_ROWS", "TORCH", "TRITON", "Int8Weight", "gumbel", "uniform"]

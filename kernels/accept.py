@@ -1,5 +1,12 @@
-"""Walk a verified token tree along the target's own tokens: accept for greedy decoding and for coupled sampling."""
+"""Walk a verified token tree along the target's own tokens: accept for greedy decoding and for coupled sampling.
+
+Bytes: a few hundred; it is a kernel so that a verify step ends on the device in one launch. Grid: one program a sequence.
+"""
 import torch
+import triton
+import triton.language as tl
+
+from kernels.launch import launch_options, pdl, wait_for_inputs
 
 
 def walk_ref(tokens, parent, depth, own):
@@ -23,4 +30,31 @@ def walk_ref(tokens, parent, depth, own):
     return torch.stack(path, dim=1), length
 
 
-walk = walk_ref
+@triton.jit
+def walk_kernel(token_ptr, parent_ptr, own_ptr, path_ptr, length_ptr, size, depth, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_for_inputs(PDL)
+    b = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    tokens = tl.load(token_ptr + b * size + i, mask=i < size, other=-1)
+    parent = tl.load(parent_ptr + i, mask=i < size, other=-2)
+    own = tl.load(own_ptr + b * size + i, mask=i < size, other=0)
+    node = b * 0
+    length = b * 0
+    tl.store(path_ptr + b * (depth + 1), node)
+    for d in range(depth):
+        want = tl.sum(tl.where(i == node, own, 0), axis=0)
+        child = tl.max(tl.where((parent == node) & (tokens == want), i, 0), axis=0).to(tl.int64)
+        length += (child > 0).to(tl.int64)
+        node = tl.where(child > 0, child, node)
+        tl.store(path_ptr + b * (depth + 1) + d + 1, node)
+    tl.store(length_ptr + b, length)
+
+
+def walk(tokens, parent, depth, own):
+    """As walk_ref."""
+    B, size = tokens.shape
+    path = torch.empty(B, depth + 1, device=tokens.device, dtype=torch.int64)
+    length = torch.empty(B, device=tokens.device, dtype=torch.int64)
+    walk_kernel[(B,)](tokens.contiguous(), parent, own.contiguous(), path, length, size, depth,
+                      triton.next_power_of_2(size), PDL=pdl(tokens.device), num_warps=1, **launch_options(tokens.device))
+    return path, length

@@ -1,7 +1,11 @@
 """Commit an accepted path: its K and V rows move to where the prefix ends, and nothing else moves.
 
-Bytes: P rows of D elements per layer and KV head, read and written once, for K and for V.
+Bytes: P rows of D elements per layer and KV head, read and written once, for K and for V. Grid: (L, B * KV).
 """
+import triton
+import triton.language as tl
+
+from kernels.launch import launch_options, pdl, wait_for_inputs
 
 
 def commit_ref(k, v, src, dst):
@@ -15,4 +19,26 @@ def commit_ref(k, v, src, dst):
         cache.scatter_(3, index(dst), cache.gather(3, index(src)))
 
 
-commit = commit_ref
+@triton.jit
+def commit_kernel(k_ptr, v_ptr, src_ptr, dst_ptr, P, stride_l, stride_b, stride_h, KV: tl.constexpr, D: tl.constexpr,
+                  BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_for_inputs(PDL)
+    b = tl.program_id(1) // KV
+    base = tl.program_id(0).to(tl.int64) * stride_l + b * stride_b + (tl.program_id(1) % KV) * stride_h
+    i, d = tl.arange(0, BLOCK), tl.arange(0, D)[None, :]
+    src = base + tl.load(src_ptr + b * P + i, mask=i < P, other=0)[:, None] * D + d
+    dst = base + tl.load(dst_ptr + b * P + i, mask=i < P, other=0)[:, None] * D + d
+    live = (i < P)[:, None]
+    k, v = tl.load(k_ptr + src, mask=live), tl.load(v_ptr + src, mask=live)
+    tl.debug_barrier()                                          # all reads before all writes
+    tl.store(k_ptr + dst, k, mask=live)
+    tl.store(v_ptr + dst, v, mask=live)
+
+
+def commit(k, v, src, dst):
+    """As commit_ref."""
+    L, B, KV, _, D = k.shape
+    assert k.stride() == v.stride() and k.stride()[3:] == (D, 1)
+    commit_kernel[(L, B * KV)](k, v, src.contiguous(), dst.contiguous(), src.shape[1], *k.stride()[:3], KV, D,
+                               triton.next_power_of_2(src.shape[1]), PDL=pdl(k.device), num_warps=4,
+                               **launch_options(k.device))

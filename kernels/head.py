@@ -1,12 +1,131 @@
-"""Final norm and vocabulary projection: the largest single weight of a small model (V * dim elements moved)."""
+"""The end of a step: final norm, and the vocabulary projection (V * dim elements) down to the few best tokens.
+
+Logits of 128k words for every row of a tree are megabytes that nobody needs when the question is "which token" or
+"which F tokens": `best` adds the sampling noise to a block of logits while it is still in registers and keeps the
+block's F best; a second, small kernel picks the F best of all blocks. Grid: blocks of the vocabulary; then rows.
+"""
+import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
-from kernels.linear import rms_norm_ref
+from kernels.launch import Launch, launch_options, pdl, prefetch, wait_for_inputs
+from kernels.linear import linear, product, weight_scale
+from kernels.linear import rms_norm_ref as norm_ref
+from kernels.noise import gumbel_ref, mix32
 
 
-def head_ref(x, norm, eps, w):
-    """x [..., dim], w [V, dim] -> logits [..., V] float32."""
-    return F.linear(rms_norm_ref(x, norm, eps), w).float()
+def head_ref(hidden, w):
+    """hidden [..., dim] after the final norm, w [V, dim] -> logits [..., V] float32."""
+    return F.linear(hidden, w).float()
 
 
-head = head_ref
+def best_ref(hidden, w, n, temperature, seeds, stream, positions, ids=None):
+    """The n best tokens (indices of w's rows) of each position [B, T, n], by logits / temperature + Gumbel noise.
+
+    hidden [B, T, dim]; temperature 0: by the logits alone; seeds [B], positions [B, T], ids [V] or None: see `gumbel`.
+    """
+    scores = head_ref(hidden, w)
+    if temperature > 0:
+        ids = torch.arange(w.shape[0], device=w.device) if ids is None else ids
+        scores = scores / temperature + gumbel_ref(seeds, stream, positions, ids)
+    return scores.topk(n).indices
+
+
+@triton.jit
+def norm_kernel(x_ptr, weight_ptr, y_ptr, eps, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_for_inputs(PDL)
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + tl.program_id(0) * K + i, mask=i < K, other=0.0)
+    h = x.to(tl.float32)
+    h = (h * tl.rsqrt(tl.sum(h * h, axis=0) / K + eps)).to(x.dtype)
+    tl.store(y_ptr + tl.program_id(0) * K + i, h * tl.load(weight_ptr + i, mask=i < K, other=0.0), mask=i < K)
+
+
+@triton.jit
+def take_best(values, ids, order, NONE: tl.constexpr):
+    """Column maxima of values [N, M]: (value, id of it, values without it); ties go to the lowest order [N, 1]."""
+    value = tl.max(values, axis=0)
+    at = tl.min(tl.where(values == value[None, :], order, NONE), axis=0)
+    chosen = order == at[None, :]
+    return value, tl.sum(tl.where(chosen, ids, 0), axis=0), tl.where(chosen, float("-inf"), values)
+
+
+@triton.jit
+def best_kernel(x_ptr, w_ptr, scale_ptr, seed_ptr, position_ptr, id_ptr, value_ptr, index_ptr, temperature, stream, M, T,
+                N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, n: tl.constexpr,
+                NOISE: tl.constexpr, IDS: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr):
+    m = tl.arange(0, BM)
+    live = m < M
+    prefetch(w_ptr, tl.program_id(0) * BN, N, K, 0, BN, BK, PDL)
+    wait_for_inputs(PDL)
+    for block in range(tl.program_id(0), tl.cdiv(N, BN), tl.num_programs(0)):
+        rows = block * BN + tl.arange(0, BN)
+        acc = product(x_ptr, w_ptr, x_ptr, rows, M, N, K, 0, K, BM, BK, False, tl.zeros([BN, BM], tl.float32))
+        scores = weight_scale(acc, scale_ptr, rows, N, INT8).to(x_ptr.dtype.element_ty).to(tl.float32)
+        ids = rows.to(tl.int64)
+        if IDS:
+            ids = tl.load(id_ptr + rows, mask=rows < N, other=-1)
+        if NOISE:
+            key = mix32_key(tl.load(seed_ptr + m // T, mask=live, other=0), stream,
+                            tl.load(position_ptr + m, mask=live, other=0))                  # [BM] uint32
+            h = mix32(key[None, :] ^ mix32((ids + 0x85EBCA6B).to(tl.uint32))[:, None])
+            u = tl.minimum((h.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 1 - 5.960464477539063e-08)
+            race = tl.where(u < 1e-3, u * (1 + u * (0.5 + u * 0.3333333)), -tl.log(1 - u))      # -log(1 - u)
+            scores = scores / temperature - tl.log(race)
+        scores = tl.where((rows < N)[:, None] & (ids >= 0)[:, None], scores, float("-inf"))
+        order = tl.arange(0, BN)[:, None]
+        for i in tl.static_range(n):
+            value, at, scores = take_best(scores, order, order, BN)
+            tl.store(value_ptr + (m * tl.cdiv(N, BN) + block) * n + i, value, mask=live)
+            tl.store(index_ptr + (m * tl.cdiv(N, BN) + block) * n + i, block * BN + at, mask=live)
+
+
+@triton.jit
+def pick_kernel(value_ptr, index_ptr, out_ptr, C, n: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """The n best of C candidates of a row."""
+    wait_for_inputs(PDL)
+    m = tl.program_id(0)
+    i = tl.arange(0, BLOCK)[:, None]
+    values = tl.load(value_ptr + m * C + i, mask=i < C, other=float("-inf"))
+    ids = tl.load(index_ptr + m * C + i, mask=i < C, other=2147483647)
+    for j in tl.static_range(n):
+        _, best, values = take_best(values, ids, ids, 2147483647)
+        tl.store(out_ptr + m * n + j + tl.arange(0, 1), best.to(tl.int64))
+
+
+@triton.jit
+def mix32_key(seed, stream, position):
+    """The key of (seed, stream, position), as `uniform_ref` makes it."""
+    key = mix32(((seed >> 32).to(tl.uint32)) ^ mix32((stream + 1).to(tl.uint32)))
+    return mix32(mix32(seed.to(tl.uint32) ^ key) ^ mix32((position + 0x9E3779B9).to(tl.uint32)))
+
+
+def norm(x, weight, eps):
+    """As rms_norm_ref: the final norm, one program a row."""
+    y, K = torch.empty_like(x), x.shape[-1]
+    norm_kernel[(x.numel() // K,)](x, weight, y, eps, K, triton.next_power_of_2(K), PDL=pdl(x.device), num_warps=4,
+                                   **launch_options(x.device))
+    return y
+
+
+def head(hidden, w):
+    """As head_ref."""
+    return linear(hidden, w, out_dtype=torch.float32)
+
+
+def best(hidden, w, n, temperature, seeds, stream, positions, ids=None):
+    """As best_ref; ties go to the lowest index."""
+    launch = Launch(hidden, w)
+    blocks = triton.cdiv(launch.N, launch.BN)
+    n = min(n, launch.N)
+    values = torch.empty(launch.M, blocks * n, device=hidden.device)
+    indices = torch.empty(launch.M, blocks * n, device=hidden.device, dtype=torch.int32)
+    out = torch.empty(*hidden.shape[:-1], n, device=hidden.device, dtype=torch.int64)
+    best_kernel[launch.grid(blocks)](
+        hidden, launch.weight, launch.scale, seeds, positions, w if ids is None else ids, values, indices,
+        temperature or 1.0, stream, launch.M, hidden.shape[1], launch.N, launch.K, launch.BM, launch.BN, launch.BK, n,
+        temperature > 0, ids is not None, launch.INT8, **launch.options)
+    pick_kernel[(launch.M,)](values, indices, out, blocks * n, n, triton.next_power_of_2(blocks * n),
+                             PDL=pdl(hidden.device), num_warps=8, **launch_options(hidden.device))
+    return out

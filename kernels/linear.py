@@ -1,29 +1,55 @@
-"""Linear layers with everything that touches their input or output folded in.
+"""Skinny linear layers with everything that touches their input or output folded in.
 
-At batch 1 a linear moves its weight once (N*K elements) and next to nothing else, so every op that is not a weight
+At batch 1 a linear streams its weight once (N*K elements) and moves next to nothing else, so every op that is no weight
 stream is a launch to get rid of: RMSNorm goes into the prologue; the residual, SwiGLU, and QKV-split + RoPE + KV write
 go into the epilogue. Four linears and one attention are then a whole Transformer layer.
+
+The residual stream x travels with `sums`, the sum of squares of each of its rows: whoever writes x also adds that up, so
+that the next RMSNorm knows its scale before it has read anything.
+
+Grid: one program per block of output rows (a persistent loop if fewer programs are asked for). A program computes
+W[BN, K] @ x.T[K, BM]: the weight is the left operand, so the tensor core instruction, and with it the order of every
+sum, is the same for 1 row of x and for 128. That makes decoding and verifying bit-exact:
+  - BN, BK and the split of K depend on the shape of W alone;
+  - split-K partials are added in order by whichever program of a block comes last;
+  - sums are fixed-point integers, which add up to the same in any order.
 """
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from kernels.launch import Launch, prefetch, wait_for_inputs
+
+FIXED = tl.constexpr(2.0**28)           # a sum of squares is an int64 in units of 2^-28 (up to 3.4e10, overflow beyond)
 
 
-def rms_norm_ref(x, weight, eps):
-    """x / rms(x) * weight over the last axis; the statistics are fp32 whatever the dtype (Zhang & Sennrich 2019)."""
+# ---------------------------------------------------------------------------------------------------------------------
+# In plain torch: what correct means
+
+def rms_norm_ref(x, weight, eps, sums=None):
+    """x / rms(x) * weight over the last axis; the statistics are fp32 whatever the dtype (Zhang & Sennrich 2019).
+
+    sums [...] float32: the sums of squares of x, if they are known already.
+    """
     h = x.float()
-    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    sums = h.pow(2).sum(-1) if sums is None else sums
+    h = h * torch.rsqrt(sums / x.shape[-1] + eps)[..., None]
     return weight * h.to(x.dtype)
 
 
-def linear_ref(x, w, residual=None):
-    """x [..., K] @ w [N, K].T (+ residual [..., N]) -> [..., N]."""
+def linear_ref(x, w, residual=None, sums=None):
+    """x [..., K] @ w [N, K].T (+ residual [..., N]) -> y [..., N]; sums [...], if given, becomes the sums of y^2."""
     y = F.linear(x, w)
-    return y if residual is None else residual + y
+    y = y if residual is None else residual + y
+    if sums is not None:
+        sums.copy_(y.float().pow(2).sum(-1))
+    return y
 
 
-def swiglu_linear_ref(x, norm, eps, w):
+def swiglu_linear_ref(x, sums, norm, eps, w):
     """SwiGLU of the normed input: w [2F, K] holds the gate rows, then the up rows. x [..., K] -> [..., F]."""
-    gate, up = F.linear(rms_norm_ref(x, norm, eps), w).chunk(2, dim=-1)
+    gate, up = F.linear(rms_norm_ref(x, norm, eps, sums), w).chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
@@ -34,7 +60,7 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def qkv_rope_ref(x, norm, eps, w, cos, sin, slots, k_cache, v_cache):
+def qkv_rope_ref(x, sums, norm, eps, w, cos, sin, slots, k_cache, v_cache):
     """Norm, project, rotate, and write K and V into their cache slots.
 
     x [B, T, K]; w [(H + 2 KV) D, K], rows q then k then v; cos, sin [B, T, D/2]; slots [B, T];
@@ -42,7 +68,7 @@ def qkv_rope_ref(x, norm, eps, w, cos, sin, slots, k_cache, v_cache):
     """
     B, T, _ = x.shape
     KV, D = k_cache.shape[1], k_cache.shape[3]
-    qkv = F.linear(rms_norm_ref(x, norm, eps), w).view(B, T, -1, D)         # [B, T, H + 2 KV, D]
+    qkv = F.linear(rms_norm_ref(x, norm, eps, sums), w).view(B, T, -1, D)   # [B, T, H + 2 KV, D]
     q, k, v = qkv.split([qkv.shape[2] - 2 * KV, KV, KV], dim=2)
     batch = torch.arange(B, device=x.device)[:, None]
     k_cache[batch, :, slots] = rotate(k, cos, sin)                          # [B, T, KV, D]
@@ -50,4 +76,190 @@ def qkv_rope_ref(x, norm, eps, w, cos, sin, slots, k_cache, v_cache):
     return rotate(q, cos, sin)
 
 
-rms_norm, linear, swiglu_linear, qkv_rope = rms_norm_ref, linear_ref, swiglu_linear_ref, qkv_rope_ref
+# ---------------------------------------------------------------------------------------------------------------------
+# In Triton
+
+@triton.jit
+def product(x_ptr, w_ptr, norm_ptr, rows, M, N, K: tl.constexpr, k0, k1, BM: tl.constexpr, BK: tl.constexpr,
+            NORM: tl.constexpr, acc):
+    """acc [BN, BM] + W[rows, k0:k1] @ (x * norm).T[k0:k1]."""
+    m = tl.arange(0, BM)
+    for k in range(k0, k1, BK):
+        kk = k + tl.arange(0, BK)
+        inside = (kk < K) if K % BK else (kk >= 0)
+        w = tl.load(w_ptr + rows[:, None].to(tl.int64) * K + kk[None, :], mask=(rows < N)[:, None] & inside[None, :],
+                    other=0.0, eviction_policy="evict_first")
+        x = tl.load(x_ptr + m[None, :] * K + kk[:, None], mask=(m < M)[None, :] & inside[:, None], other=0.0)
+        if NORM:
+            x = (x.to(tl.float32) * tl.load(norm_ptr + kk, mask=inside, other=0.0).to(tl.float32)[:, None]).to(x.dtype)
+        acc = tl.dot(w.to(x.dtype), x, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def rms_scale(sums_ptr, M, eps, K: tl.constexpr, BM: tl.constexpr):
+    """1 / rms of each row of x, [BM] fp32."""
+    m = tl.arange(0, BM)
+    total = tl.load(sums_ptr + m, mask=m < M, other=0).to(tl.float32) / FIXED
+    return tl.rsqrt(total / K + eps)
+
+
+@triton.jit
+def weight_scale(acc, scale_ptr, rows, N, INT8: tl.constexpr):
+    """Undo the per-row scale of an int8 weight."""
+    if INT8:
+        acc = acc * tl.load(scale_ptr + rows, mask=rows < N, other=0.0)[:, None]
+    return acc
+
+
+@triton.jit
+def linear_kernel(x_ptr, w_ptr, scale_ptr, residual_ptr, y_ptr, sums_ptr, part_ptr, count_ptr, M, N, K: tl.constexpr,
+                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, INT8: tl.constexpr,
+                  RESIDUAL: tl.constexpr, SUMS: tl.constexpr, PDL: tl.constexpr):
+    """y = x W^T (+ residual), and sums of y^2. Program p works on block p // SPLIT, part p % SPLIT of K."""
+    m = tl.arange(0, BM)
+    span: tl.constexpr = (K // SPLIT + BK - 1) // BK * BK
+    first = tl.program_id(0)
+    prefetch(w_ptr, first // SPLIT * BN, N, K, (first % SPLIT) * span, BN, BK, PDL)
+    wait_for_inputs(PDL)
+    for program in range(first, tl.cdiv(N, BN) * SPLIT, tl.num_programs(0)):
+        block, part = program // SPLIT, program % SPLIT
+        rows = block * BN + tl.arange(0, BN)
+        k0 = part * span
+        acc = product(x_ptr, w_ptr, x_ptr, rows, M, N, K, k0, tl.minimum(k0 + span, K), BM, BK, False,
+                      tl.zeros([BN, BM], tl.float32))
+        last = True
+        if SPLIT > 1:
+            tile = part_ptr + block * SPLIT * BN * BM + tl.arange(0, BN)[:, None] * BM + m[None, :]
+            tl.store(tile + part * BN * BM, acc)
+            tl.debug_barrier()                                              # all of the tile is out before we say so
+            last = tl.atomic_add(count_ptr + block, 1, sem="acq_rel") == SPLIT - 1
+            if last:
+                tl.debug_barrier()
+                acc = tl.load(tile, volatile=True)
+                for other in tl.static_range(1, SPLIT):
+                    acc += tl.load(tile + other * BN * BM, volatile=True)
+                tl.store(count_ptr + block, 0)                              # ready for the next launch
+        if last:
+            inside = (rows < N)[:, None] & (m < M)[None, :]
+            y = weight_scale(acc, scale_ptr, rows, N, INT8)
+            at = m[None, :] * N + rows[:, None]
+            if RESIDUAL:
+                y += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            y = y.to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + at, y, mask=inside)
+            if SUMS:
+                y = tl.where(inside, y.to(tl.float32), 0.0)
+                tl.atomic_add(sums_ptr + m, tl.sum((y * y * FIXED).to(tl.int64), axis=0), mask=m < M, sem="relaxed")
+
+
+@triton.jit
+def paired_rows(block, half, BN: tl.constexpr):
+    """Rows of a block that takes BN/2 rows each from two places `half` apart, interleaved: [BN]."""
+    n = tl.arange(0, BN)
+    return block * (BN // 2) + n // 2 + (n % 2) * half
+
+
+@triton.jit
+def unpair(acc, BN: tl.constexpr, BM: tl.constexpr):
+    """Split the interleaved rows of acc [BN, BM] again: two [BN/2, BM]."""
+    return tl.split(tl.permute(tl.reshape(acc, [BN // 2, 2, BM]), [0, 2, 1]))
+
+
+@triton.jit
+def swiglu_kernel(x_ptr, sums_ptr, norm_ptr, eps, w_ptr, scale_ptr, y_ptr, M, N, K: tl.constexpr, BM: tl.constexpr,
+                  BN: tl.constexpr, BK: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr):
+    """y [M, N/2] = silu(gate) * up; a block holds BN/2 gate rows and the up rows that go with them."""
+    m = tl.arange(0, BM)
+    half = N // 2
+    prefetch(w_ptr, tl.program_id(0) * (BN // 2), half, K, 0, BN // 2, BK, PDL)
+    wait_for_inputs(PDL)
+    for block in range(tl.program_id(0), tl.cdiv(half, BN // 2), tl.num_programs(0)):
+        rows = paired_rows(block, half, BN)
+        acc = product(x_ptr, w_ptr, norm_ptr, rows, M, N, K, 0, K, BM, BK, True, tl.zeros([BN, BM], tl.float32))
+        acc = weight_scale(acc, scale_ptr, rows, N, INT8) * rms_scale(sums_ptr, M, eps, K, BM)[None, :]
+        gate, up = unpair(acc, BN, BM)
+        y = gate * tl.sigmoid(gate) * up
+        n = block * (BN // 2) + tl.arange(0, BN // 2)
+        tl.store(y_ptr + m[None, :] * half + n[:, None], y.to(y_ptr.dtype.element_ty),
+                 mask=(n < half)[:, None] & (m < M)[None, :])
+
+
+@triton.jit
+def qkv_kernel(x_ptr, sums_ptr, norm_ptr, eps, w_ptr, scale_ptr, cos_ptr, sin_ptr, slot_ptr, q_ptr, k_ptr, v_ptr,
+               M, T, H: tl.constexpr, KV: tl.constexpr, stride_b, stride_h, K: tl.constexpr, D: tl.constexpr,
+               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr):
+    """q [M, H, D], and K, V in their slots; a block holds BN/2 RoPE pairs (i, i + D/2) of one head."""
+    m = tl.arange(0, BM)
+    N: tl.constexpr = (H + 2 * KV) * D
+    per_head: tl.constexpr = D // BN
+    first = tl.program_id(0)
+    prefetch(w_ptr, first // per_head * D + first % per_head * (BN // 2), N, K, 0, BN // 2, BK, PDL)
+    wait_for_inputs(PDL)
+    for block in range(first, N // BN, tl.num_programs(0)):
+        head = block // per_head
+        rows = head * D + paired_rows(block % per_head, D // 2, BN)
+        acc = product(x_ptr, w_ptr, norm_ptr, rows, M, N, K, 0, K, BM, BK, True, tl.zeros([BN, BM], tl.float32))
+        acc = weight_scale(acc, scale_ptr, rows, N, INT8) * rms_scale(sums_ptr, M, eps, K, BM)[None, :]
+        a, b = unpair(acc.to(q_ptr.dtype.element_ty).to(tl.float32), BN, BM)
+        i = block % per_head * (BN // 2) + tl.arange(0, BN // 2)[:, None]   # pair within the head
+        live = (m < M)[None, :]
+        if head < H + KV:                                                   # q and k are rotated, v is not
+            cos = tl.load(cos_ptr + m[None, :] * (D // 2) + i, mask=live, other=0.0)
+            sin = tl.load(sin_ptr + m[None, :] * (D // 2) + i, mask=live, other=0.0)
+            a, b = a * cos - b * sin, b * cos + a * sin
+        a, b = a.to(q_ptr.dtype.element_ty), b.to(q_ptr.dtype.element_ty)
+        if head < H:
+            at = q_ptr + (m[None, :] * H + head) * D + i
+            tl.store(at, a, mask=live)
+            tl.store(at + D // 2, b, mask=live)
+        else:
+            slot = tl.load(slot_ptr + m, mask=m < M, other=0)
+            row = (m // T) * stride_b + ((head - H) % KV) * stride_h + slot * D             # [BM] int64
+            if head < H + KV:
+                tl.store(k_ptr + row[None, :] + i, a, mask=live)
+                tl.store(k_ptr + row[None, :] + i + D // 2, b, mask=live)
+            else:
+                tl.store(v_ptr + row[None, :] + i, a, mask=live)
+                tl.store(v_ptr + row[None, :] + i + D // 2, b, mask=live)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launchers: the contract of the twins, for up to MAX_ROWS rows (B*T) of contiguous tensors
+
+def linear(x, w, residual=None, sums=None, out_dtype=None):
+    """As linear_ref; sums [...] int64 (zeros before) in units of 2^-28. out_dtype: of y, default x's."""
+    launch = Launch(x, w)
+    y = torch.empty(*x.shape[:-1], launch.N, device=x.device, dtype=out_dtype or x.dtype)
+    blocks = triton.cdiv(launch.N, launch.BN)
+    part, count = launch.scratch(blocks)
+    linear_kernel[launch.grid(blocks * launch.SPLIT)](
+        x, launch.weight, launch.scale, x if residual is None else residual, y, x if sums is None else sums, part, count,
+        launch.M, launch.N, launch.K, launch.BM, launch.BN, launch.BK, launch.SPLIT, launch.INT8,
+        residual is not None, sums is not None, **launch.options)
+    return y
+
+
+def swiglu_linear(x, sums, norm, eps, w):
+    """As swiglu_linear_ref, with sums as `linear` leaves them."""
+    launch = Launch(x, w, paired=True)
+    y = torch.empty(*x.shape[:-1], launch.N // 2, device=x.device, dtype=x.dtype)
+    swiglu_kernel[launch.grid(triton.cdiv(launch.N, launch.BN))](
+        x, sums, norm, eps, launch.weight, launch.scale, y, launch.M, launch.N, launch.K, launch.BM, launch.BN, launch.BK,
+        launch.INT8, **launch.options)
+    return y
+
+
+def qkv_rope(x, sums, norm, eps, w, cos, sin, slots, k_cache, v_cache):
+    """As qkv_rope_ref, with sums as `linear` leaves them."""
+    B, T, _ = x.shape
+    _, KV, _, D = k_cache.shape
+    launch = Launch(x, w, paired=True, most=D)
+    H = launch.N // D - 2 * KV
+    assert k_cache.stride() == v_cache.stride() and k_cache.stride()[2:] == (D, 1)
+    q = torch.empty(B, T, H, D, device=x.device, dtype=x.dtype)
+    qkv_kernel[launch.grid(launch.N // launch.BN)](
+        x, sums, norm, eps, launch.weight, launch.scale, cos, sin, slots, q, k_cache, v_cache, launch.M, T, H, KV,
+        k_cache.stride(0), k_cache.stride(1), launch.K, D, launch.BM, launch.BN, launch.BK, launch.INT8,
+        **launch.options)
+    return q

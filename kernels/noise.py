@@ -5,6 +5,8 @@ target and for the draft. That is what couples the two (DESIGN of the `coupled` 
 argmax(logits / T + g) an exact sample of softmax(logits / T), and a draft that adds the same g guesses that sample.
 """
 import torch
+import triton
+import triton.language as tl
 
 TARGET, DRAFT, ACCEPT = 0, 1, 2     # streams: the shared sampling noise, a draft's private noise, accept/reject coins
 MASK = 0xFFFFFFFF
@@ -14,6 +16,14 @@ def mix(h):
     """A 32-bit finaliser with low bias (Wellons' lowbias32). int64 in and out: torch has no uint32 arithmetic."""
     h = ((h ^ (h >> 16)) * 0x7FEB352D) & MASK
     h = ((h ^ (h >> 15)) * 0x846CA68B) & MASK
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def mix32(h):
+    """`mix` in Triton, on uint32."""
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
     return h ^ (h >> 16)
 
 
@@ -34,4 +44,4 @@ def gumbel_ref(seeds, stream, positions, ids):
     return -torch.log(-torch.log1p(-u))
 
 
-uniform, gumbel = uniform_ref, gumbel_ref
+uniform, gumbel = uniform_ref, gumbel_ref     # a kernel only inside `head.best`, where the noise is born in registers

@@ -4,12 +4,30 @@ T new tokens of a sequence see its whole committed prefix (slots 0..prefix_len-1
 it, those that their row of the ancestor mask allows. A chain is a lower triangle, decoding is T = S = 1, N parallel
 branches are N diagonals over a trunk, a prefill chunk is a big triangle. Bytes moved: K and V of the prefix, once a
 KV head; the G = H / KV query heads that share it are packed into the rows.
+
+Split-KV flash-decoding, bit-exact whatever surrounds a token. Every token sees its keys in the order of their positions
+in the text, in blocks that start at fixed positions. A block that lies in the prefix whole is the same for all tokens;
+the blocks behind it are gathered token by token along the token's own ancestors, so that a branch of a tree computes
+what plain decoding of that branch would, in the same order.
+
+Grid: (splits, tiles of 16 rows (token, head of the group), B * KV). The program of a tile that finishes last adds the
+splits up, in order.
 """
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from kernels.launch import MAX_ROWS, launch_options, pdl, wait_for_inputs
+
+ROWS = 16               # (token, head) rows a tile: the narrowest operand of a tensor core product
+BLOCK = 64              # positions a block
+LONGEST = 64            # most speculative slots that one token can see, itself included
 
 
-def visibility(prefix_len, mask, end):
+def visibility_ref(prefix_len, mask, end):
     """Which slot each new token sees. prefix_len [B] int64, mask [T, S] bool -> [B, 1, T, end] bool.
 
     Speculative slot j of a sequence is cache slot prefix_len + j. Built once a forward, shared by all layers.
@@ -33,4 +51,122 @@ def tree_attention_ref(q, k, v, visible):
     return out.view(B, KV, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
-tree_attention = tree_attention_ref
+class Lineage(NamedTuple):
+    """An ancestor mask as lists: which speculative slots each new token sees, oldest first."""
+    slots: torch.Tensor                 # [T, A] int32
+    count: torch.Tensor                 # [T] int32: how many of them
+
+    @classmethod
+    def of(cls, mask):
+        """mask [T, S] bool; slots are in the order of positions, i.e. parents stand before their children."""
+        order = mask.to(torch.int32).argsort(dim=1, descending=True, stable=True)[:, :LONGEST]
+        return cls(order.to(torch.int32).contiguous(), mask.sum(1, dtype=torch.int32))
+
+
+class View(NamedTuple):
+    """What `tree_attention` needs to know about a step, made once for all layers."""
+    prefix_len: torch.Tensor            # [B] int64
+    lineage: Lineage
+    splits: int                         # programs that share the blocks of a sequence
+    arrivals: torch.Tensor              # int32 zeros, and left as zeros: counts the programs of a tile that are done
+
+
+def visibility(prefix_len, mask, end):
+    """mask: [T, S] bool, or the Lineage made of it beforehand. Returns a View."""
+    lineage = mask if isinstance(mask, Lineage) else Lineage.of(mask)
+    arrivals = torch.zeros(len(prefix_len) * MAX_ROWS * 8, dtype=torch.int32, device=prefix_len.device)
+    return View(prefix_len, lineage, min(32, triton.cdiv(end, BLOCK)), arrivals)
+
+
+@triton.jit
+def tree_attention_kernel(q_ptr, k_ptr, v_ptr, prefix_ptr, slot_ptr, count_ptr, out_ptr, part_ptr, stat_ptr, arrival_ptr,
+                          T, A, stride_b, stride_h, scale, KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+                          BLOCK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):
+    wait_for_inputs(PDL)
+    split, tile, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    b, h = tl.program_id(2) // KV, tl.program_id(2) % KV
+    d, r = tl.arange(0, D), tile * ROWS + tl.arange(0, ROWS)
+    t = r // G                                                              # [ROWS] token of each row
+    live = t < T
+    prefix = tl.load(prefix_ptr + b).to(tl.int32)
+    at = ((b * T + t) * KV + h) * G + r % G                                 # [ROWS] row of q and out
+    q = tl.load(q_ptr + at[None, :] * D + d[:, None], mask=live[None, :], other=0.0)                    # [D, ROWS]
+    seen = prefix + tl.load(count_ptr + t, mask=live, other=0)              # keys of each token, itself included
+    blocks = tl.cdiv(tl.max(seen, axis=0), BLOCK)
+    k_ptr += b.to(tl.int64) * stride_b + h * stride_h
+    v_ptr += b.to(tl.int64) * stride_b + h * stride_h
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    mass = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([D, ROWS], tl.float32)
+    for block in range(split, blocks, splits):
+        position = block * BLOCK + tl.arange(0, BLOCK)                      # [BLOCK]
+        # One pass serves all tokens where the block lies in the prefix, else it takes one pass a token.
+        shared = (block + 1) * BLOCK <= prefix
+        first = tile * ROWS // G
+        after = tl.where(shared, first + 1, tl.minimum((tile * ROWS + ROWS - 1) // G + 1, T))
+        s = tl.full([BLOCK, ROWS], float("-inf"), tl.float32)
+        for token in range(first, after):
+            j = position - prefix
+            slot = tl.where(j < 0, position, prefix + tl.load(slot_ptr + token * A + j, mask=(j >= 0) & (j < A), other=0))
+            k = tl.load(k_ptr + slot[:, None] * D + d[None, :])             # [BLOCK, D]
+            own = shared | (t == token)
+            s = tl.where(own[None, :] & (position[:, None] < seen[None, :]),
+                         tl.dot(k, q, input_precision="ieee") * scale, s)
+        new_top = tl.maximum(top, tl.max(s, axis=0))
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2(s - safe[None, :])                                      # [BLOCK, ROWS]
+        shrink = tl.exp2(top - safe)
+        mass = mass * shrink + tl.sum(p, axis=0)
+        acc = acc * shrink[None, :]
+        top = new_top
+        for token in range(first, after):
+            j = position - prefix
+            slot = tl.where(j < 0, position, prefix + tl.load(slot_ptr + token * A + j, mask=(j >= 0) & (j < A), other=0))
+            any_sees = position < tl.max(tl.where(shared | (t == token), seen, 0), axis=0)
+            v = tl.load(v_ptr + slot[:, None] * D + d[None, :], mask=any_sees[:, None], other=0.0)      # [BLOCK, D]
+            own = tl.where((shared | (t == token))[None, :], p, 0.0).to(v.dtype)
+            acc = tl.dot(tl.trans(v), own, acc, input_precision="ieee")
+    working = tl.minimum(splits, blocks)                                    # splits that have any block
+    if split < working:
+        last = working == 1
+        if working > 1:
+            group = tl.program_id(2) * tl.num_programs(1) + tile
+            part = part_ptr + group * splits * D * ROWS + d[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+            stat = stat_ptr + group * splits * 2 * ROWS + tl.arange(0, ROWS)
+            tl.store(part + split * D * ROWS, acc)
+            tl.store(stat + split * 2 * ROWS, top)
+            tl.store(stat + split * 2 * ROWS + ROWS, mass)
+            tl.debug_barrier()
+            last = tl.atomic_add(arrival_ptr + group, 1, sem="acq_rel") == working - 1
+            if last:
+                tl.debug_barrier()
+                new_top = tl.full([ROWS], float("-inf"), tl.float32)
+                for other in range(0, working):
+                    new_top = tl.maximum(new_top, tl.load(stat + other * 2 * ROWS, volatile=True))
+                safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+                acc = tl.zeros([D, ROWS], tl.float32)
+                mass = tl.zeros([ROWS], tl.float32)
+                for other in range(0, working):
+                    weight = tl.exp2(tl.load(stat + other * 2 * ROWS, volatile=True) - safe)
+                    mass += weight * tl.load(stat + other * 2 * ROWS + ROWS, volatile=True)
+                    acc += weight[None, :] * tl.load(part + other * D * ROWS, volatile=True)
+                tl.store(arrival_ptr + group, 0)
+        if last:
+            out = acc / tl.where(mass == 0.0, 1.0, mass)[None, :]
+            tl.store(out_ptr + at[None, :] * D + d[:, None], out.to(out_ptr.dtype.element_ty), mask=live[None, :])
+
+
+def tree_attention(q, k, v, view):
+    """As tree_attention_ref, over a View instead of a bool mask; D a power of two, k and v contiguous in [C, D]."""
+    B, T, H, D = q.shape
+    KV = k.shape[1]
+    tiles, device = triton.cdiv(T * H // KV, ROWS), q.device
+    out = torch.empty_like(q)
+    part = torch.empty(B * KV * tiles * view.splits * D * ROWS, device=device)
+    stat = torch.empty(B * KV * tiles * view.splits * 2 * ROWS, device=device)
+    assert B * KV * tiles <= view.arrivals.numel()
+    tree_attention_kernel[(view.splits, tiles, B * KV)](
+        q, k, v, view.prefix_len, *view.lineage, out, part, stat, view.arrivals, T, view.lineage.slots.shape[1], k.stride(0),
+        k.stride(1), D ** -0.5 * 1.4426950408889634, KV, H // KV, D, BLOCK, ROWS, PDL=pdl(device), num_warps=4,
+        **launch_options(device))
+    return out

@@ -1,0 +1,105 @@
+"""What the kernels share: block shapes per weight shape, launch options, int8 weights, and the two PDL helpers.
+
+Programmatic dependent launch (PDL) lets a kernel start while the one before it still runs. It then fetches its first
+weights, which don't depend on anybody, into the L2 cache, and waits only then for its inputs: the launch latency and
+the ramp-up of 5 kernels a layer disappear behind each other.
+"""
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+MAX_ROWS = 128                          # rows of x that the skinny kernels take; above that, cuBLAS is the right tool
+
+
+class Int8Weight(NamedTuple):
+    """A weight rounded to 8 bits per row (W8A16): w = values * scale[:, None]."""
+    values: torch.Tensor                # [N, K] int8
+    scale: torch.Tensor                 # [N] float32
+
+    @classmethod
+    def of(cls, w):
+        scale = w.float().abs().amax(dim=1) / 127
+        return cls((w.float() / scale.clamp(min=1e-12)[:, None]).round().to(torch.int8), scale)
+
+    def dense(self, dtype):
+        return (self.values.float() * self.scale[:, None]).to(dtype)
+
+
+class Blocks(NamedTuple):
+    BN: int                             # output rows a program
+    BK: int                             # step along K
+    stages: int
+    warps: int
+    split: int = 1                      # programs that share the K of a block
+
+
+# Measured on an H100 (python -m kernels.tune): (N, K) -> blocks. Other shapes and GPUs follow `blocks_for`.
+SM90 = {}
+
+
+def blocks_for(N, K, paired=False):
+    """Block shapes for a weight [N, K]; they must not depend on the number of rows of x (bit-exactness)."""
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and (N, K) in SM90:
+        return SM90[N, K]
+    BK = min(256 if K >= 2048 else 128, max(16, triton.next_power_of_2(K)))
+    split = 2 if N <= 4096 <= K and not paired else 1
+    return Blocks(64 if N >= 16384 else 32, BK, 4, 4, split)
+
+
+class Launch:
+    """Shapes, block shapes and launch options of one skinny linear: x [..., K] with M rows, w [N, K] or Int8Weight."""
+
+    def __init__(self, x, w, paired=False, most=1 << 30):
+        self.INT8 = isinstance(w, Int8Weight)
+        self.weight, self.scale = w if self.INT8 else (w, w)
+        (self.N, self.K), self.M, self.device = self.weight.shape, x.numel() // x.shape[-1], x.device
+        assert x.shape[-1] == self.K and x.is_contiguous() and self.weight.is_contiguous() and self.M <= MAX_ROWS
+        blocks = blocks_for(self.N, self.K, paired)
+        if x.dtype == torch.float32:                    # twice the bytes a tile
+            blocks = blocks._replace(BK=max(16, blocks.BK // 2), stages=2)
+        self.BM = max(16, triton.next_power_of_2(self.M))
+        self.BN, self.BK, self.SPLIT = min(blocks.BN, most), blocks.BK, blocks.split
+        self.options = dict(PDL=pdl(x.device), num_warps=blocks.warps, num_stages=blocks.stages, **launch_options(x.device))
+
+    def grid(self, programs):
+        return (programs,)
+
+    def scratch(self, blocks):
+        """Partial tiles and arrival counters of split-K (any tensors where there is none)."""
+        if self.SPLIT == 1:
+            return self.weight, self.weight
+        if not hasattr(self.weight, "arrivals"):        # zeros, and left as zeros; not shared, as streams run side by side
+            self.weight.arrivals = torch.zeros(blocks, dtype=torch.int32, device=self.device)
+        part = torch.empty(blocks * self.SPLIT * self.BN * self.BM, device=self.device, dtype=torch.float32)
+        return part, self.weight.arrivals
+
+
+def pdl(device):
+    """Whether this device has programmatic dependent launch."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def launch_options(device):
+    return {"launch_pdl": True} if pdl(device) else {}
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Let the next kernel start, and wait until what the previous ones wrote is visible."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def prefetch(w_ptr, row, N, K: tl.constexpr, k0, ROWS: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):
+    """Fetch W[row:row+ROWS, k0:k0+BK] into L2 without waiting for it."""
+    if PDL:
+        LINE: tl.constexpr = 128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        rows = row + tl.arange(0, ROWS)
+        kk = k0 + tl.arange(0, (BK + LINE - 1) // LINE) * LINE
+        at = w_ptr + tl.minimum(rows, N - 1)[:, None].to(tl.int64) * K + tl.minimum(kk, K - 1)[None, :]
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False,
+                                  pack=1)

@@ -1,0 +1,141 @@
+"""python -m kernels.tune: find the block shapes of the linears for the GPU at hand and print a table for kernels/launch.py.
+
+Every candidate runs in a CUDA graph over weights that rotate past the L2 cache, as in a real step. Candidates are
+compiled in parallel first; that takes most of the time.
+"""
+import argparse
+import itertools
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import torch
+
+from kernels import launch
+from kernels.head import best
+from kernels.launch import Blocks, Int8Weight
+from kernels.linear import linear, qkv_rope, swiglu_linear
+
+L2_BYTES = 300e6        # weights to rotate over: several times any L2 cache
+SHAPES = {              # dim, heads, kv heads, head_dim, ffn, vocabulary
+    "llama-3.1-8b": (4096, 32, 8, 128, 14336, 128256),
+    "llama-3.2-1b": (2048, 32, 8, 64, 8192, 128256),
+    "smollm2-135m": (576, 9, 3, 64, 1536, 49152),
+}
+
+
+def operations(shape):
+    """(op, N, K, head_dim, kv heads) of a layer's linears and the head."""
+    dim, heads, kv, head_dim, ffn, vocab = SHAPES[shape]
+    return [("qkv", (heads + 2 * kv) * head_dim, dim, head_dim, kv), ("linear", dim, heads * head_dim, 0, 0),
+            ("swiglu", 2 * ffn, dim, 0, 0), ("linear", dim, ffn, 0, 0), ("best", vocab, dim, 0, 0)]
+
+
+def candidates(op, N, K, head_dim, element_size):
+    """Block shapes worth trying: tiles in flight of 32 to 200 KB, a grid that isn't tiny."""
+    for BN, BK, stages, warps, split in itertools.product((16, 32, 64, 128), (64, 128, 256, 512), (2, 3, 4, 5, 6), (4, 8),
+                                                          (1, 2, 4)):
+        flight = BN * BK * element_size * stages
+        programs = -(-N // BN) * split
+        if (flight > 160e3 or flight < 24e3 or BK > K or split > 1 and (op != "linear" or N > 8192 or K // split < BK * 2)
+                or programs < 60 and split < 4 and K > 1024 or programs > 16384 or head_dim and BN > head_dim
+                or K % BK and K > 1024 or BN * BK > 128 * 256 or warps == 8 and BN * BK < 64 * 128
+                or stages > max(2, -(-K // BK // split))):
+            continue
+        yield Blocks(BN, BK, stages, warps, split)
+
+
+def workload(op, N, K, head_dim, kv, rows, int8, copies):
+    """A function i -> None that runs the op on the i-th copy of its weight."""
+    device, dtype = "cuda", torch.bfloat16
+    x, norm = torch.randn(1, rows, K, device=device, dtype=dtype), torch.ones(K, device=device, dtype=dtype)
+    weights = [torch.randn(N, K, device=device, dtype=dtype) * K ** -0.5 for _ in range(copies)]
+    weights = [Int8Weight.of(w) for w in weights] if int8 else weights
+    sums = (x.float().pow(2).sum(-1) * 2.0 ** 28).to(torch.int64)
+    if op == "qkv":
+        cos = sin = torch.rand(1, rows, head_dim // 2, device=device)
+        slots, cache = torch.arange(rows, device=device)[None], torch.zeros(1, kv, 256, head_dim, device=device, dtype=dtype)
+        return lambda i: qkv_rope(x, sums, norm, 1e-5, weights[i % copies], cos, sin, slots, cache, cache)
+    if op == "swiglu":
+        return lambda i: swiglu_linear(x, sums, norm, 1e-5, weights[i % copies])
+    if op == "best":
+        seeds, positions = torch.zeros(1, device=device, dtype=torch.int64), torch.zeros(1, rows, device=device).long()
+        return lambda i: best(x, weights[i % copies], 1, 0.0, seeds, 0, positions)
+    residual, out = torch.randn(1, rows, N, device=device, dtype=dtype), torch.zeros_like(sums)
+    return lambda i: linear(x, weights[i % copies], residual, out)
+
+
+def compile_one(job):
+    (op, N, K, head_dim, kv), blocks, rows, int8 = job
+    launch.SM90[N, K] = blocks
+    try:
+        workload(op, N, K, head_dim, kv, rows, int8, 1)(0)
+        torch.cuda.synchronize()
+        return True
+    except Exception as error:          # too much shared memory, or a shape the compiler refuses
+        return f"{type(error).__name__}: {error}"[:200]
+
+
+def microseconds(run, launches=24, repeats=7):
+    """Median time of one launch inside a CUDA graph."""
+    run(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(launches):
+            run(i)
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / launches * 1e3)
+    return sorted(times)[len(times) // 2]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--int8", action="store_true")
+    parser.add_argument("--json", help="write every measurement to this file")
+    args = parser.parse_args()
+    table, everything = {}, []
+    with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=get_context("spawn")) as pool:
+        plans = {}
+        for shape in args.shapes.split(","):
+            for operation in operations(shape):
+                blocks = list(candidates(*operation[:4], 1 if args.int8 else 2))
+                plans[shape, operation] = blocks, pool.map(compile_one, [(operation, b, args.rows, args.int8)
+                                                                         for b in blocks])
+        compiled = {key: [b for b, ok in zip(blocks, oks) if ok is True] for key, (blocks, oks) in plans.items()}
+    for (shape, operation), blocks in compiled.items():
+        op, N, K, head_dim, kv = operation
+        bytes_moved = N * K * (1 if args.int8 else 2)
+        copies = max(2, min(64, int(L2_BYTES / bytes_moved)))
+        run = workload(*operation, args.rows, args.int8, copies)
+        results = []
+        for b in blocks:
+            launch.SM90[N, K] = b
+            results.append((microseconds(run), b))
+            everything.append(dict(shape=shape, op=op, N=N, K=K, blocks=b, us=results[-1][0]))
+        results.sort()
+        table[N, K] = results[0][1]
+        print(f"{shape} {op} {N}x{K}: " + "; ".join(f"{us:.1f} us {bytes_moved / us / 1e6:.2f} TB/s {tuple(b)}"
+                                                    for us, b in results[:4]), flush=True)
+        del run
+        torch.cuda.empty_cache()
+    print("SM90 = {")
+    for (N, K), b in table.items():
+        print(f"    ({N}, {K}): Blocks{tuple(b)},")
+    print("}")
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(everything, file)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,8 +11,7 @@ import triton.language as tl
 
 from kernels.launch import Launch, launch_options, pdl, prefetch, wait_for_inputs
 from kernels.linear import linear, product, weight_scale
-from kernels.linear import rms_norm_ref as norm_ref
-from kernels.noise import gumbel_ref, mix32
+from kernels.noise import gumbel_ref, mix32, mix32_key
 
 
 def head_ref(hidden, w):
@@ -92,13 +91,6 @@ def pick_kernel(value_ptr, index_ptr, out_ptr, C, n: tl.constexpr, BLOCK: tl.con
     for j in tl.static_range(n):
         _, best, values = take_best(values, ids, ids, 2147483647)
         tl.store(out_ptr + m * n + j + tl.arange(0, 1), best.to(tl.int64))
-
-
-@triton.jit
-def mix32_key(seed, stream, position):
-    """The key of (seed, stream, position), as `uniform_ref` makes it."""
-    key = mix32(((seed >> 32).to(tl.uint32)) ^ mix32((stream + 1).to(tl.uint32)))
-    return mix32(mix32(seed.to(tl.uint32) ^ key) ^ mix32((position + 0x9E3779B9).to(tl.uint32)))
 
 
 def norm(x, weight, eps):

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+PREFETCH = tl.constexpr(4)              # tiles of weights that a waiting program fetches into L2
+SHARED_MEMORY = 200e3                   # bytes of tiles in flight that surely fit
 MAX_ROWS = 128                          # rows of x that the skinny kernels take; above that, cuBLAS is the right tool
 
 
@@ -28,9 +30,9 @@ class Int8Weight(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    BN: int                             # output rows a program
-    BK: int                             # step along K
-    stages: int
+    BN: int                             # output rows a program: decides which tensor core instruction is used
+    BK: int                             # step along K: only how often the loop turns, not the order of the sum
+    stages: int                         # tiles in flight
     warps: int
     split: int = 1                      # programs that share the K of a block
 
@@ -40,7 +42,7 @@ SM90 = {}
 
 
 def blocks_for(N, K, paired=False):
-    """Block shapes for a weight [N, K]; they must not depend on the number of rows of x (bit-exactness)."""
+    """Block shapes for a weight [N, K] and few rows of x."""
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and (N, K) in SM90:
         return SM90[N, K]
     BK = min(256 if K >= 2048 else 128, max(16, triton.next_power_of_2(K)))
@@ -56,12 +58,14 @@ class Launch:
         self.weight, self.scale = w if self.INT8 else (w, w)
         (self.N, self.K), self.M, self.device = self.weight.shape, x.numel() // x.shape[-1], x.device
         assert x.shape[-1] == self.K and x.is_contiguous() and self.weight.is_contiguous() and self.M <= MAX_ROWS
-        blocks = blocks_for(self.N, self.K, paired)
-        if x.dtype == torch.float32:                    # twice the bytes a tile
-            blocks = blocks._replace(BK=max(16, blocks.BK // 2), stages=2)
         self.BM = max(16, triton.next_power_of_2(self.M))
-        self.BN, self.BK, self.SPLIT = min(blocks.BN, most), blocks.BK, blocks.split
-        self.options = dict(PDL=pdl(x.device), num_warps=blocks.warps, num_stages=blocks.stages, **launch_options(x.device))
+        self.BN, self.BK, stages, warps, self.SPLIT = blocks_for(self.N, self.K, paired)
+        self.BN = min(self.BN, most)
+        # More rows need more shared memory. What gives way is what rounding doesn't see: BN and SPLIT stay.
+        tile = lambda: (self.BN * self.weight.element_size() + 2 * self.BM * x.element_size()) * self.BK
+        while tile() * stages > SHARED_MEMORY and (stages > 2 or self.BK > 32):
+            stages, self.BK = (stages - 1, self.BK) if stages > 2 else (stages, self.BK // 2)
+        self.options = dict(PDL=pdl(x.device), num_warps=warps, num_stages=stages, **launch_options(x.device))
 
     def grid(self, programs):
         return (programs,)
@@ -87,19 +91,24 @@ def launch_options(device):
 
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
-    """Let the next kernel start, and wait until what the previous ones wrote is visible."""
+    """Wait until what the previous kernel wrote is visible, then let the next one start.
+
+    In this order a kernel that has started knows that all but its direct predecessor are done: their outputs may be read
+    before the wait.
+    """
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def prefetch(w_ptr, row, N, K: tl.constexpr, k0, ROWS: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):
-    """Fetch W[row:row+ROWS, k0:k0+BK] into L2 without waiting for it."""
+    """Fetch W[row:row+ROWS] of the first PREFETCH tiles along K from k0 into L2, without waiting for it."""
     if PDL:
-        LINE: tl.constexpr = 128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        LINE: tl.constexpr = 128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)        # 128 bytes
+        LINES: tl.constexpr = (PREFETCH * BK + LINE - 1) // LINE
         rows = row + tl.arange(0, ROWS)
-        kk = k0 + tl.arange(0, (BK + LINE - 1) // LINE) * LINE
+        kk = k0 + tl.arange(0, LINES) * LINE
         at = w_ptr + tl.minimum(rows, N - 1)[:, None].to(tl.int64) * K + tl.minimum(kk, K - 1)[None, :]
         tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False,
                                   pack=1)

@@ -10,7 +10,7 @@ that the next RMSNorm knows its scale before it has read anything.
 Grid: one program per block of output rows (a persistent loop if fewer programs are asked for). A program computes
 W[BN, K] @ x.T[K, BM]: the weight is the left operand, so the tensor core instruction, and with it the order of every
 sum, is the same for 1 row of x and for 128. That makes decoding and verifying bit-exact:
-  - BN, BK and the split of K depend on the shape of W alone;
+  - BN and the split of K depend on the shape of W alone (BK, stages and warps don't change the order of a sum);
   - split-K partials are added in order by whichever program of a block comes last;
   - sums are fixed-point integers, which add up to the same in any order.
 """
@@ -118,7 +118,7 @@ def linear_kernel(x_ptr, w_ptr, scale_ptr, residual_ptr, y_ptr, sums_ptr, part_p
                   RESIDUAL: tl.constexpr, SUMS: tl.constexpr, PDL: tl.constexpr):
     """y = x W^T (+ residual), and sums of y^2. Program p works on block p // SPLIT, part p % SPLIT of K."""
     m = tl.arange(0, BM)
-    span: tl.constexpr = (K // SPLIT + BK - 1) // BK * BK
+    span: tl.constexpr = (K // SPLIT + 511) // 512 * 512 if SPLIT > 1 else K            # whole tiles for any BK
     first = tl.program_id(0)
     prefetch(w_ptr, first // SPLIT * BN, N, K, (first % SPLIT) * span, BN, BK, PDL)
     wait_for_inputs(PDL)

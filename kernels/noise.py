@@ -27,6 +27,13 @@ def mix32(h):
     return h ^ (h >> 16)
 
 
+@triton.jit
+def mix32_key(seed, stream, position):
+    """The key of (seed, stream, position), as `uniform_ref` makes it."""
+    key = mix32(((seed >> 32).to(tl.uint32)) ^ mix32((stream + 1).to(tl.uint32)))
+    return mix32(mix32(seed.to(tl.uint32) ^ key) ^ mix32((position + 0x9E3779B9).to(tl.uint32)))
+
+
 def uniform_ref(seeds, stream, positions, ids):
     """Uniform numbers in (0, 1), 32 bits fine near zero, where a race of exponentials needs them.
 

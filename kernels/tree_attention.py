@@ -79,22 +79,62 @@ def visibility(prefix_len, mask, end):
 
 
 @triton.jit
+def gathered(position, prefix, slot_ptr, token, A):
+    """The cache slot of each position as `token` sees it: the prefix, then the token's ancestors. [BLOCK]"""
+    j = position - prefix
+    return tl.where(j < 0, position, prefix + tl.load(slot_ptr + token * A + j, mask=(j >= 0) & (j < A), other=0))
+
+
+@triton.jit
+def scores(k, q, position, seen, own, scale, s):
+    """s [BLOCK, ROWS] with the columns `own` [ROWS] replaced by their scores for k, -inf where they don't look."""
+    looks = own[None, :] & (position[:, None] < seen[None, :])
+    return tl.where(looks, tl.dot(k, q, input_precision="ieee") * scale, s)
+
+
+@triton.jit
+def weighted(v, p, own, acc):
+    """acc [D, ROWS] + v^T p for the columns `own`. Adding the zeros of the others is exact."""
+    return tl.dot(tl.trans(v), tl.where(own[None, :], p, 0.0).to(v.dtype), acc, input_precision="ieee")
+
+
+@triton.jit
+def combine(part, stat, live, working, D: tl.constexpr, ROWS: tl.constexpr):
+    """Add the splits up in order, eight at a time so that their loads overlap. Returns top, mass [ROWS], acc [D, ROWS]."""
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    for first in range(0, working, 8):
+        for i in tl.static_range(8):
+            top = tl.maximum(top, tl.load(stat + (first + i) * 2 * ROWS, mask=live & (working > first + i),
+                                          other=float("-inf"), volatile=True))
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    acc, mass = tl.zeros([D, ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    for first in range(0, working, 8):
+        for i in tl.static_range(8):
+            there = live & (working > first + i)
+            at = stat + (first + i) * 2 * ROWS
+            weight = tl.exp2(tl.load(at, mask=there, other=float("-inf"), volatile=True) - safe)
+            mass += weight * tl.load(at + ROWS, mask=there, other=0.0, volatile=True)
+            acc += weight[None, :] * tl.load(part + (first + i) * D * ROWS, mask=there[None, :], other=0.0, volatile=True)
+    return top, mass, acc
+
+
+@triton.jit
 def tree_attention_kernel(q_ptr, k_ptr, v_ptr, prefix_ptr, slot_ptr, count_ptr, out_ptr, part_ptr, stat_ptr, arrival_ptr,
                           T, A, stride_b, stride_h, scale, KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
                           BLOCK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):
-    wait_for_inputs(PDL)
     split, tile, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     b, h = tl.program_id(2) // KV, tl.program_id(2) % KV
     d, r = tl.arange(0, D), tile * ROWS + tl.arange(0, ROWS)
     t = r // G                                                              # [ROWS] token of each row
     live = t < T
-    prefix = tl.load(prefix_ptr + b).to(tl.int32)
-    at = ((b * T + t) * KV + h) * G + r % G                                 # [ROWS] row of q and out
-    q = tl.load(q_ptr + at[None, :] * D + d[:, None], mask=live[None, :], other=0.0)                    # [D, ROWS]
+    prefix = tl.load(prefix_ptr + b).to(tl.int32)                           # written before the step: no need to wait
     seen = prefix + tl.load(count_ptr + t, mask=live, other=0)              # keys of each token, itself included
+    at = ((b * T + t) * KV + h) * G + r % G                                 # [ROWS] row of q and out
     blocks = tl.cdiv(tl.max(seen, axis=0), BLOCK)
     k_ptr += b.to(tl.int64) * stride_b + h * stride_h
     v_ptr += b.to(tl.int64) * stride_b + h * stride_h
+    wait_for_inputs(PDL)
+    q = tl.load(q_ptr + at[None, :] * D + d[:, None], mask=live[None, :], other=0.0)                    # [D, ROWS]
     top = tl.full([ROWS], float("-inf"), tl.float32)
     mass = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([D, ROWS], tl.float32)
@@ -104,28 +144,23 @@ def tree_attention_kernel(q_ptr, k_ptr, v_ptr, prefix_ptr, slot_ptr, count_ptr, 
         shared = (block + 1) * BLOCK <= prefix
         first = tile * ROWS // G
         after = tl.where(shared, first + 1, tl.minimum((tile * ROWS + ROWS - 1) // G + 1, T))
-        s = tl.full([BLOCK, ROWS], float("-inf"), tl.float32)
-        for token in range(first, after):
-            j = position - prefix
-            slot = tl.where(j < 0, position, prefix + tl.load(slot_ptr + token * A + j, mask=(j >= 0) & (j < A), other=0))
-            k = tl.load(k_ptr + slot[:, None] * D + d[None, :])             # [BLOCK, D]
-            own = shared | (t == token)
-            s = tl.where(own[None, :] & (position[:, None] < seen[None, :]),
-                         tl.dot(k, q, input_precision="ieee") * scale, s)
+        slot = gathered(position, prefix, slot_ptr, first, A)
+        k = tl.load(k_ptr + slot[:, None] * D + d[None, :])                 # [BLOCK, D]
+        v = tl.load(v_ptr + slot[:, None] * D + d[None, :])
+        s = scores(k, q, position, seen, shared | (t == first), scale, tl.full([BLOCK, ROWS], float("-inf"), tl.float32))
+        for token in range(first + 1, after):
+            other = gathered(position, prefix, slot_ptr, token, A)
+            s = scores(tl.load(k_ptr + other[:, None] * D + d[None, :]), q, position, seen, t == token, scale, s)
         new_top = tl.maximum(top, tl.max(s, axis=0))
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(s - safe[None, :])                                      # [BLOCK, ROWS]
         shrink = tl.exp2(top - safe)
         mass = mass * shrink + tl.sum(p, axis=0)
-        acc = acc * shrink[None, :]
         top = new_top
-        for token in range(first, after):
-            j = position - prefix
-            slot = tl.where(j < 0, position, prefix + tl.load(slot_ptr + token * A + j, mask=(j >= 0) & (j < A), other=0))
-            any_sees = position < tl.max(tl.where(shared | (t == token), seen, 0), axis=0)
-            v = tl.load(v_ptr + slot[:, None] * D + d[None, :], mask=any_sees[:, None], other=0.0)      # [BLOCK, D]
-            own = tl.where((shared | (t == token))[None, :], p, 0.0).to(v.dtype)
-            acc = tl.dot(tl.trans(v), own, acc, input_precision="ieee")
+        acc = weighted(v, p, shared | (t == first), acc * shrink[None, :])
+        for token in range(first + 1, after):
+            other = gathered(position, prefix, slot_ptr, token, A)
+            acc = weighted(tl.load(v_ptr + other[:, None] * D + d[None, :]), p, t == token, acc)
     working = tl.minimum(splits, blocks)                                    # splits that have any block
     if split < working:
         last = working == 1
@@ -133,23 +168,14 @@ def tree_attention_kernel(q_ptr, k_ptr, v_ptr, prefix_ptr, slot_ptr, count_ptr, 
             group = tl.program_id(2) * tl.num_programs(1) + tile
             part = part_ptr + group * splits * D * ROWS + d[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
             stat = stat_ptr + group * splits * 2 * ROWS + tl.arange(0, ROWS)
-            tl.store(part + split * D * ROWS, acc)
-            tl.store(stat + split * 2 * ROWS, top)
-            tl.store(stat + split * 2 * ROWS + ROWS, mass)
+            tl.store(part + split * D * ROWS, acc, mask=live[None, :])
+            tl.store(stat + split * 2 * ROWS, top, mask=live)
+            tl.store(stat + split * 2 * ROWS + ROWS, mass, mask=live)
             tl.debug_barrier()
             last = tl.atomic_add(arrival_ptr + group, 1, sem="acq_rel") == working - 1
             if last:
                 tl.debug_barrier()
-                new_top = tl.full([ROWS], float("-inf"), tl.float32)
-                for other in range(0, working):
-                    new_top = tl.maximum(new_top, tl.load(stat + other * 2 * ROWS, volatile=True))
-                safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-                acc = tl.zeros([D, ROWS], tl.float32)
-                mass = tl.zeros([ROWS], tl.float32)
-                for other in range(0, working):
-                    weight = tl.exp2(tl.load(stat + other * 2 * ROWS, volatile=True) - safe)
-                    mass += weight * tl.load(stat + other * 2 * ROWS + ROWS, volatile=True)
-                    acc += weight[None, :] * tl.load(part + other * D * ROWS, volatile=True)
+                top, mass, acc = combine(part, stat, live, working, D, ROWS)
                 tl.store(arrival_ptr + group, 0)
         if last:
             out = acc / tl.where(mass == 0.0, 1.0, mass)[None, :]

@@ -36,12 +36,12 @@ def candidates(op, N, K, head_dim, element_size):
     """Block shapes worth trying: tiles in flight of 32 to 200 KB, a grid that isn't tiny."""
     for BN, BK, stages, warps, split in itertools.product((16, 32, 64, 128), (64, 128, 256, 512), (2, 3, 4, 5, 6), (4, 8),
                                                           (1, 2, 4)):
-        flight = BN * BK * element_size * stages
-        programs = -(-N // BN) * split
-        if (flight > 160e3 or flight < 24e3 or BK > K or split > 1 and (op != "linear" or N > 8192 or K // split < BK * 2)
-                or programs < 60 and split < 4 and K > 1024 or programs > 16384 or head_dim and BN > head_dim
-                or K % BK and K > 1024 or BN * BK > 128 * 256 or warps == 8 and BN * BK < 64 * 128
-                or stages > max(2, -(-K // BK // split))):
+        flight, programs, steps = BN * BK * element_size * stages, -(-N // BN) * split, -(-K // BK // split)
+        small = N * K < 4e6                         # latency counts there, not bytes in flight
+        if (not (8e3 if small else 48e3) < flight < 115e3 or stages > max(2, steps) or BK > K or head_dim and BN > head_dim
+                or split > 1 and (op != "linear" or programs > 600 or steps < 2) or programs < (24 if small else 90)
+                or BN > 32 and programs > 4200 or BN < 64 and N > 100000 or (warps == 8) != (BN * BK >= 64 * 256)
+                or K % BK and not small):
             continue
         yield Blocks(BN, BK, stages, warps, split)
 

@@ -1,0 +1,270 @@
+"""Every Triton kernel against its plain-torch twin.
+
+CPU tier (no GPU: Triton's interpreter, see conftest.py): tiny shapes in fp32. GPU tier: real shapes in bf16, where the
+error against fp32 may be at most twice that of the same maths in bf16 torch, and where a token's logits must be equal to
+the last bit however many other tokens stand beside it.
+"""
+import itertools
+import random
+
+import pytest
+import torch
+
+import kernels
+from kernels import accept, commit, embed, head, launch, linear, tree_attention
+from kernels.linear import FIXED
+from model import KVCache, Llama, LlamaConfig
+from tree import Tree
+
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+gpu_only = pytest.mark.skipif(not CUDA, reason="no CUDA GPU: bit-exactness is a property of the tensor cores")
+SIZES = [(4096, 6144), (576, 960), (1536, 576), (14336, 4096)] if CUDA else [(64, 96), (48, 32)]      # K, N
+ROWS = [1, 5, 8, 16, 33, 64, 128] if CUDA else [1, 5, 17]
+
+
+def randn(*shape, dtype=DTYPE, scale=1.0):
+    return (torch.randn(*shape) * scale).to(DEVICE, dtype)
+
+
+def check(got, reference, *args):
+    """got: the kernel's result; reference(*args) is its twin, called in fp32 for the truth and in DTYPE for the bar."""
+    up = [a.float() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
+    truth, plain = reference(*up).float(), reference(*args).float()
+    assert torch.isfinite(got).all()
+    error, bar = (got.float() - truth).norm(), (plain - truth).norm()
+    assert error <= 2 * bar + 1e-5 * truth.norm(), f"error {error / truth.norm():.2e}, torch's {bar / truth.norm():.2e}"
+
+
+def fixed_sums(x):
+    return (x.float().pow(2) * FIXED.value).to(torch.int64).sum(-1)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linears
+
+@pytest.mark.parametrize("rows, size", list(itertools.product(ROWS, SIZES)))
+def test_linear(rows, size):
+    K, N = size
+    x, w, residual = randn(1, rows, K), randn(N, K, scale=K ** -0.5), randn(1, rows, N)
+    check(linear.linear(x, w), linear.linear_ref, x, w)
+    sums = torch.zeros(1, rows, dtype=torch.int64, device=DEVICE)
+    y = linear.linear(x, w, residual, sums)
+    check(y, linear.linear_ref, x, w, residual)
+    torch.testing.assert_close(sums.double(), fixed_sums(y).double(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("split", [1, 2, 4])
+def test_split_k_is_repeatable(split, monkeypatch):
+    """Partials are added in a fixed order, and the arrival counters are left ready for the next launch."""
+    K, N = (4096, 512) if CUDA else (128, 32)
+    monkeypatch.setattr(launch, "blocks_for", lambda *a: launch.Blocks(32, 32, 2, 4, split))
+    x, w = randn(1, 5, K), randn(N, K, scale=K ** -0.5)
+    first = linear.linear(x, w)
+    check(first, linear.linear_ref, x, w)
+    for _ in range(20 if CUDA else 2):
+        assert torch.equal(linear.linear(x, w), first)
+
+
+@pytest.mark.parametrize("rows, size", list(itertools.product(ROWS, SIZES)))
+def test_swiglu(rows, size):
+    K, N = size
+    x, w, norm = randn(1, rows, K), randn(N, K, scale=K ** -0.5), randn(K)
+    check(linear.swiglu_linear(x, fixed_sums(x), norm, 1e-5, w),
+          lambda x, w, norm: linear.swiglu_linear_ref(x, None, norm, 1e-5, w), x, w, norm)
+
+
+@pytest.mark.parametrize("B, T, H, KV, D", [(1, 1, 32, 8, 128), (3, 5, 9, 3, 64), (1, 64, 32, 8, 64)] if CUDA else
+                         [(1, 1, 4, 2, 16), (3, 5, 3, 1, 32)])
+def test_qkv_rope(B, T, H, KV, D):
+    K, C = (576, 300) if CUDA else (48, 40)
+    x, norm, w = randn(B, T, K), randn(K), randn((H + 2 * KV) * D, K, scale=K ** -0.5)
+    angles = torch.rand(B, T, D // 2, device=DEVICE) * 100
+    slots = torch.stack([torch.randperm(C)[:T] for _ in range(B)]).to(DEVICE)
+
+    def run(op, sums, x, norm, w):
+        k, v = torch.full((2, B, KV, C, D), 1e4, device=DEVICE, dtype=x.dtype)
+        q = op(x, sums, norm, 1e-5, w, angles.cos(), angles.sin(), slots, k, v)
+        return torch.cat([q.flatten(), k.flatten(), v.flatten()])       # the cache too: nothing else may be written
+    got = run(linear.qkv_rope, fixed_sums(x), x, norm, w)
+    check(got, lambda x, norm, w: run(linear.qkv_rope_ref, None, x, norm, w), x, norm, w)
+
+
+def test_int8_weights():
+    K, N = SIZES[0]
+    x, w = randn(1, 8, K), randn(N, K, scale=K ** -0.5)
+    w8 = kernels.Int8Weight.of(w)
+    check(linear.linear(x, w8), linear.linear_ref, x, w8.dense(DTYPE))
+    assert (w8.dense(torch.float32) - w.float()).abs().max() <= w.float().abs().max() / 127
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+def random_tree(nodes):
+    """Parents in level order, as Tree wants them."""
+    parents = [-1] + [random.randrange(node) for node in range(1, nodes)]
+    depth = [0]
+    for parent in parents[1:]:
+        depth.append(depth[parent] + 1)
+    order = sorted(range(nodes), key=lambda node: depth[node])
+    name = {node: i for i, node in enumerate(order)}
+    renamed = sorted((name[node], name[parents[node]]) for node in order[1:])
+    return [-1] + [parent for _, parent in renamed]
+
+
+@pytest.mark.parametrize("B, nodes, H, KV, D, prefix", [
+    (1, 1, 32, 8, 128, 1), (1, 1, 32, 8, 128, 2049), (3, 5, 9, 3, 64, 127), (1, 64, 32, 8, 128, 500), (2, 33, 9, 3, 64, 64),
+    (4, 8, 32, 8, 64, 0), (1, 128, 9, 3, 64, 700)] if CUDA else
+    [(1, 1, 4, 2, 16, 1), (2, 7, 3, 1, 32, 130), (1, 20, 4, 4, 16, 61), (1, 9, 4, 1, 16, 0)])
+def test_tree_attention(B, nodes, H, KV, D, prefix):
+    tree = Tree(random_tree(nodes), DEVICE)
+    C = prefix + B + nodes + 7
+    q, cache = randn(B, nodes, H, D), randn(2, B, KV, C, D)
+    prefix_len = torch.arange(B, device=DEVICE) + prefix
+    for b in range(B):
+        cache[:, b, :, prefix + b + nodes:] = 1e4                      # poison behind what may be looked at
+    view = tree_attention.visibility(prefix_len, tree.mask, C)
+    visible = tree_attention.visibility_ref(prefix_len, tree.mask, C)
+    for _ in range(2):                                                  # twice: the arrival counters must be left ready
+        got = tree_attention.tree_attention(q, cache[0], cache[1], view)
+        check(got, lambda q, k, v: tree_attention.tree_attention_ref(q, k, v, visible), q, cache[0], cache[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Embedding, norm, head, accept, commit
+
+def test_embed():
+    V, dim, D, B, T = 50, 96, 32, 2, 5
+    weight, freqs = randn(V, dim), torch.rand(D // 2, device=DEVICE)
+    tokens, positions = torch.randint(-1, V, (B, T), device=DEVICE), torch.randint(0, 5000, (B, T), device=DEVICE)
+    x, cos, sin, sums = embed.embed(tokens, positions, weight, freqs, 7)
+    x_ref, cos_ref, sin_ref, _ = embed.embed_ref(tokens, positions, weight, freqs, 7)
+    assert torch.equal(x, x_ref)
+    torch.testing.assert_close((cos, sin), (cos_ref, sin_ref), atol=2e-6, rtol=0)
+    assert torch.equal(sums[0], fixed_sums(x)) and not sums[1:].any()
+
+
+def test_norm():
+    x, weight = randn(2, 3, 576), randn(576)
+    check(head.norm(x, weight, 1e-5), lambda x, w: linear.rms_norm_ref(x, w, 1e-5), x, weight)
+
+
+@pytest.mark.parametrize("n, temperature, rows", [(1, 0.0, 1), (1, 0.8, 7), (5, 0.0, 4), (8, 1.0, 17)])
+def test_best(n, temperature, rows):
+    V, dim = (49152, 576) if CUDA else (300, 32)
+    hidden, w = randn(2, rows, dim), randn(V, dim, scale=dim ** -0.5)
+    seeds, positions = torch.tensor([3, 2**45 + 1], device=DEVICE), torch.randint(0, 9999, (2, rows), device=DEVICE)
+    ids = torch.randperm(4 * V, device=DEVICE)[:V]
+    ids[0] = -1
+    for given in (None, ids):
+        got = head.best(hidden, w, n, temperature, seeds, 0, positions, given)
+        scores = head.head(hidden, w)                                   # the same products: only the choice is tested
+        if temperature:
+            all_ids = torch.arange(V, device=DEVICE) if given is None else given
+            scores = scores.to(DTYPE).float() / temperature + kernels.gumbel(seeds, 0, positions, all_ids)
+        scores = scores.to(DTYPE).float() if not temperature else scores
+        if given is not None:
+            scores[..., 0] = -torch.inf                                 # id -1: not a token
+        want = scores.topk(n).values
+        torch.testing.assert_close(scores.gather(-1, got), want, atol=1e-4, rtol=1e-5)
+        assert all(len(set(row)) == n for row in got.flatten(0, 1).tolist())
+
+
+def test_walk():
+    for _ in range(20):
+        tree = Tree(random_tree(random.randint(1, 20)), DEVICE)
+        tokens = torch.randint(-1, 3, (4, tree.size), device=DEVICE)
+        for node in range(1, tree.size):                                # siblings differ, as drafted ones do
+            tokens[:, node] = torch.where(tokens[:, node] < 0, -1, 3 * tree.ranks[node] + tokens[:, node])
+        own = torch.randint(0, 6, (4, tree.size), device=DEVICE)
+        got, want = (op(tokens, tree.parent, tree.depth, own) for op in (accept.walk, accept.walk_ref))
+        assert all(map(torch.equal, got, want))
+
+
+def test_commit():
+    k, v = randn(2, 3, 2, 2, 90, 32)
+    start = torch.tensor([[3], [40]], device=DEVICE)
+    src = start + torch.tensor([[0, 2, 5, 0, 9, 10, 11], [0, 1, 0, 0, 30, 31, 32]], device=DEVICE)
+    dst = start + torch.tensor([[0, 1, 2, 0, 3, 4, 5], [0, 1, 0, 0, 2, 3, 4]], device=DEVICE)
+    k_ref, v_ref = k.clone(), v.clone()
+    commit.commit(k, v, src, dst)
+    commit.commit_ref(k_ref, v_ref, src, dst)
+    assert torch.equal(k, k_ref) and torch.equal(v, v_ref)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole forwards
+
+CONFIGS = {"8b": dict(dim=4096, n_heads=32, n_kv_heads=8, head_dim=128, ffn_dim=14336, n_layers=3, vocab_size=128256),
+           "smollm2": dict(dim=576, n_heads=9, n_kv_heads=3, head_dim=64, ffn_dim=1536, n_layers=8, vocab_size=49152,
+                           tie_embeddings=True)}
+
+
+def step(model, cache, tokens, positions, slots, prefix_len, mask):
+    """Logits of one forward over [B, T] tokens, as tensors on the model's device."""
+    tensor = lambda x: torch.as_tensor(x, device=model.device)
+    return model.logits(model(tensor(tokens), tensor(positions), tensor(slots), tensor(prefix_len), tensor(mask), cache))
+
+
+@pytest.mark.skipif(CUDA, reason="the CPU tier's stand-in for the next test")
+def test_forward_matches_the_twins():
+    config = LlamaConfig(vocab_size=60, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=48)
+    model, tree, out = Llama.random(config, 1, dtype=torch.float32), Tree.from_widths([2, 2]), []
+    for model.ops in (kernels.TORCH, kernels.TRITON):
+        cache = KVCache(config, 1, 100, "cpu", torch.float32)
+        cache.k.normal_(generator=torch.Generator().manual_seed(0))
+        cache.v.normal_(generator=torch.Generator().manual_seed(1))
+        depth = tree.node_depth[None]
+        out.append(step(model, cache, [list(range(tree.size))], 70 + depth, 70 + torch.arange(tree.size)[None], [70], tree.mask))
+    torch.testing.assert_close(*out, atol=1e-5, rtol=1e-5)
+
+
+@gpu_only
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("prefix", [1, 127, 500, 2049])
+def test_logits_do_not_depend_on_company(name, prefix):
+    """A token's logits are bit-equal alone, in a chain of 8, in a 64-node tree, and in a batch of 4 (bf16)."""
+    config = LlamaConfig(**CONFIGS[name])
+    model = Llama.random(config, 0, "cuda", torch.bfloat16)
+    tree = Tree(random_tree(65), "cuda")
+    tokens = torch.randint(0, config.vocab_size, (1, tree.size), device="cuda")
+    chains = [Tree.chain(7, "cuda")]
+
+    def cache(batch, which=0):
+        c = KVCache(config, batch, prefix + 80, "cuda", torch.bfloat16)
+        g = torch.Generator("cuda").manual_seed(5)
+        for x in (c.k, c.v):
+            x.fill_(1e4)
+            x[:, :, :, :prefix] = torch.randn(x[:, :1, :, :prefix].shape, generator=g, device="cuda").to(x.dtype)
+        return c
+
+    def run(tree, tokens, batch=1, row=0):
+        """Logits [M+1, V] of a tree; in a batch the other rows hold other tokens and lengths."""
+        others = torch.randint(0, config.vocab_size, (batch, tree.size), device="cuda")
+        others[row] = tokens
+        start = torch.full((batch, 1), prefix, device="cuda")
+        return step(model, cache(batch), others, start + tree.node_depth, start + torch.arange(tree.size, device="cuda"),
+                    start[:, 0], tree.mask)[row]
+
+    in_tree = run(tree, tokens[0])
+    for leaf in [n for n in range(tree.size) if not tree.n_children[n]][:6]:
+        path = [leaf]
+        while path[0]:
+            path.insert(0, tree.parents[path[0]])
+        alone = cache(1)
+        for i, node in enumerate(path):
+            logits = step(model, alone, tokens[:, node:node + 1], [[prefix + i]], [[prefix + i]], [prefix + i], [[True]])[0, 0]
+            assert torch.equal(logits, in_tree[node]), f"node {node} at depth {i}: {(logits - in_tree[node]).abs().max()}"
+    chain_tokens = tokens[0, :8]
+    in_chain, alone = run(chains[0], chain_tokens), cache(1)
+    for i in range(8):
+        logits = step(model, alone, chain_tokens[None, i:i + 1], [[prefix + i]], [[prefix + i]], [prefix + i], [[True]])[0, 0]
+        assert torch.equal(logits, in_chain[i])
+    assert torch.equal(run(chains[0], chain_tokens, batch=4, row=2), in_chain)

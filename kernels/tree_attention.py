@@ -103,14 +103,16 @@ def combine(part, stat, live, working, D: tl.constexpr, ROWS: tl.constexpr):
     """Add the splits up in order, eight at a time so that their loads overlap. Returns top, mass [ROWS], acc [D, ROWS]."""
     top = tl.full([ROWS], float("-inf"), tl.float32)
     for first in range(0, working, 8):
+        index = tl.zeros([ROWS], tl.int32) + first
         for i in tl.static_range(8):
-            top = tl.maximum(top, tl.load(stat + (first + i) * 2 * ROWS, mask=live & (working > first + i),
+            top = tl.maximum(top, tl.load(stat + (first + i) * 2 * ROWS, mask=live & (index + i < working),
                                           other=float("-inf"), volatile=True))
     safe = tl.where(top == float("-inf"), 0.0, top)
     acc, mass = tl.zeros([D, ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     for first in range(0, working, 8):
+        index = tl.zeros([ROWS], tl.int32) + first
         for i in tl.static_range(8):
-            there = live & (working > first + i)
+            there = live & (index + i < working)
             at = stat + (first + i) * 2 * ROWS
             weight = tl.exp2(tl.load(at, mask=there, other=float("-inf"), volatile=True) - safe)
             mass += weight * tl.load(at + ROWS, mask=there, other=0.0, volatile=True)

@@ -17,19 +17,20 @@ from typing import NamedTuple
 
 import torch
 
+from graphs import Graphs
+from kernels import Ancestors
 from kernels.noise import DRAFT
 from model import KVCache, prefill
 
 
-@dataclass
-class Speculation:
+class Speculation(NamedTuple):
     """A drafted token tree for each of B sequences ([B, R, ...] while R trees are drafted side by side)."""
     tokens: torch.Tensor                    # [B, M+1]: root first; -1 is an empty node, which is never accepted
     guesses: torch.Tensor | None = None     # [B, M+1, F]: best next tokens after each node that aren't its children
     q: torch.Tensor | None = None           # [B, M+1, V]: what the children were sampled from (`residual` only)
 
     def map(self, f):
-        return Speculation(*(None if x is None else f(x) for x in (self.tokens, self.guesses, self.q)))
+        return Speculation(*(None if x is None else f(x) for x in self))
 
 
 class Verdict(NamedTuple):
@@ -39,8 +40,7 @@ class Verdict(NamedTuple):
     bonus: torch.Tensor                     # [B] t*: the target's own next token
 
 
-@dataclass
-class SpeculationCache:
+class SpeculationCache(NamedTuple):
     """What the draft prepared for the coming outcome: branch i of a sequence answers (nodes[i], roots[b, i])."""
     nodes: torch.Tensor                     # [N]
     roots: torch.Tensor                     # [B, N]
@@ -95,12 +95,13 @@ def prompt_lookup(history, length, depth, n=2):
 @dataclass
 class Level:
     """One forward of drafting R trees side by side: the constants that say what goes where."""
-    nodes: list                             # the w nodes of this depth
+    nodes: torch.Tensor                     # [w] the nodes of this depth
     offsets: torch.Tensor                   # [R*w] slot of each row, from prefix_len
-    mask: torch.Tensor                      # [R*w, S]
-    children: list                          # nodes of the next depth ...
-    parents: list                           # ... the index of their parent in `nodes` ...
-    ranks: list                             # ... and which choice of it they are
+    ancestors: Ancestors                    # of the R*w rows
+    children: torch.Tensor                  # nodes of the next depth ...
+    parents: torch.Tensor                   # ... the index of their parent in `nodes` ...
+    ranks: torch.Tensor                     # ... and which choice of it they are
+    n_choices: int                          # most children of a node
     fan_out: torch.Tensor                   # [R*w] F of each row's node
 
 
@@ -114,6 +115,7 @@ class Drafter:
         """
         self.model, self.sampler, self.options = model, sampler, options
         self.residual = options.accept == "residual" and not sampler.greedy
+        self.graphs = Graphs(model.graphs)
         history = torch.zeros(len(prompts), room, dtype=torch.int64)
         for row, prompt in zip(history, prompts):
             row[:len(prompt)] = torch.tensor(prompt)
@@ -135,13 +137,19 @@ class Drafter:
         self.counts = fan_out or [0] * tree.size                            # F_node
         self.width = max(self.counts)                                       # F: guesses kept per node
         self.fan_out = tensor(self.counts)
+        self.graphs.clear()
         self.trunk = self.levels(0, torch.zeros(1, 0, dtype=torch.bool, device=device))
         # [previous token, root]: the first sees the prefix, which ends in itself; the second also its own slot.
-        self.refeed = tensor([-1, 0]), tensor([-1, 0]), tensor([[False], [True]])
-        self.leaves = tensor(tree.levels[-1])
+        self.refeed = tensor([-1, 0]), tensor([-1, 0]), Ancestors.of(tensor([[False], [True]]))
+        self.leaves, self.all = tensor(tree.levels[-1]), tensor(range(tree.size))
+        self.leaf_ancestors = Ancestors.of(tree.mask[tree.levels[-1]])
+        spine = [0]                                                         # the path of first choices
+        while tree.first_child[spine[-1]] > 0:
+            spine.append(tree.first_child[spine[-1]])
+        self.spine = tensor(spine)
         if fan_out:
             outcomes = [(node, f) for node in range(tree.size) for f in range(fan_out[node])]
-            self.nodes, self.choices = map(tensor, zip(*outcomes))          # [N] each
+            self.nodes, self.guess_ranks = map(tensor, zip(*outcomes))      # [N] each
             self.branch_choice = [f for _, f in outcomes]
             self.branches = self.levels(tree.size, tree.mask[self.nodes])
 
@@ -149,64 +157,67 @@ class Drafter:
         """Plan the D forwards that draft R trees into slots base.. ; sees [R, base]: the trunk slots above each root."""
         tree, R, device = self.tree, len(sees), sees.device
         own = torch.eye(R, dtype=torch.bool, device=device)[:, None, :, None]                   # [R, 1, R, 1]
+        tensor = lambda x: torch.tensor(x, device=device)
         plan = []
         for nodes, below in zip(tree.levels, tree.levels[1:]):
             w = len(nodes)
-            slots = base + torch.arange(R, device=device)[:, None] * tree.size + torch.tensor(nodes, device=device)
+            slots = base + torch.arange(R, device=device)[:, None] * tree.size + tensor(nodes)
             inside = (own & tree.mask[nodes][:, None]).reshape(R * w, R * tree.size)
-            plan.append(Level(nodes, slots.flatten(), torch.cat([sees.repeat_interleave(w, 0), inside], 1), below,
-                              [nodes.index(tree.parents[node]) for node in below], [tree.ranks[node] for node in below],
-                              self.fan_out[nodes].repeat(R)))
+            plan.append(Level(
+                tensor(nodes), slots.flatten(), Ancestors.of(torch.cat([sees.repeat_interleave(w, 0), inside], 1)),
+                tensor(below), tensor([nodes.index(tree.parents[node]) for node in below]),
+                tensor([tree.ranks[node] for node in below]), max(tree.n_children[node] for node in nodes),
+                self.fan_out[nodes].repeat(R)))
         return plan
 
     # -- one forward --------------------------------------------------------------------------------------------------
 
-    def forward(self, tokens, depth, offsets, mask):
-        """Feed tokens [B, T] (target ids) at positions prefix_len + depth and slots prefix_len + offsets ([B|1, T])."""
-        self.forwards += 1
+    def forward(self, tokens, depth, offsets, ancestors):
+        """Feed tokens [B, T] (target ids) at positions prefix_len + depth and slots prefix_len + offsets (both [T]).
+
+        Returns hidden [B, T, dim] and the positions [B, T] of the tokens that come next.
+        """
         if self.target_ids is not None:
             tokens = self.draft_ids[tokens.clamp(min=0)]
-        start = self.prefix_len[:, None]
-        hidden = self.model(tokens, start + depth, start + offsets, self.prefix_len, mask, self.cache)
+        start, depth = self.prefix_len[:, None], depth + self.prefix_len[:, None]
+        return self.model(tokens, depth, start + offsets, self.prefix_len, ancestors, self.cache), depth + 1
+
+    def choices(self, hidden, positions, n_children, fan_out):
+        """What the draft would put at positions [B, T], given hidden [B, T, dim].
+
+        Returns children [B, T, n_children], its first, second, ... choice for the tree; ranked [B, T, F + C], the most
+        likely tokens for the outcome guesses; q [B, T, V] (residual only), which the children were drawn from. Greedy
+        and coupled draw the best under the sampler's scores, residual draws from q_C without replacement (Gumbel top-k)
+        with noise of its own. All in target ids, -1 where there is no such token.
+        """
+        ids, most = self.target_ids, self.width + self.tree.children.shape[1]
+        if not self.residual:
+            ranked = self.in_target_ids(self.sampler.choose(self.model, hidden, positions, most, ids))
+            return ranked[..., :n_children], ranked, None
         logits = self.model.logits(hidden)                                  # [B, T, V_draft]
-        if self.target_ids is not None:
-            logits[..., 0] = -torch.inf                                     # "any other token" can't be proposed
-        return logits
+        if ids is not None:
+            logits = logits.masked_fill(ids < 0, -torch.inf)
+        q = saguaro_probs(self.sampler.tempered(logits), fan_out, self.options.saguaro_c, self.width)
+        noise = self.sampler.noise(DRAFT, positions, torch.arange(q.shape[-1], device=q.device) if ids is None else ids)
+        drawn = (q.log() + noise).topk(n_children)
+        children = self.in_target_ids(drawn.indices).masked_fill(drawn.values == -torch.inf, -1)
+        ranked = self.in_target_ids(logits.topk(min(most, logits.shape[-1])).indices)
+        if ids is not None:
+            q = q.new_zeros(*q.shape[:-1], self.model.config.target_vocab_size).index_copy(-1, ids[1:], q[..., 1:])
+        return children, ranked, q
 
     def in_target_ids(self, tokens):
         return tokens if self.target_ids is None else self.target_ids[tokens]
 
-    def sample(self, logits, positions, n_children, fan_out):
-        """Draw the children of a node: its first, second, ... choice.
-
-        logits [B, T, V_draft] and positions [B, T] of the tokens to draw. Greedy and coupled take the best under the
-        sampler's scores. Residual samples from q_C without replacement (Gumbel top-k) with noise of its own, and
-        returns q for the verification. Returns children [B, T, n_children] (target ids), q [B, T, V] or None.
-        """
-        if not self.residual:
-            top = self.sampler.scores(logits, positions, self.target_ids).topk(n_children).indices
-            return self.in_target_ids(top), None
-        q = saguaro_probs(self.sampler.tempered(logits), fan_out, self.options.saguaro_c, self.width)
-        ids = torch.arange(q.shape[-1], device=q.device) if self.target_ids is None else self.target_ids
-        top = (q.log() + self.sampler.noise(DRAFT, positions, ids)).topk(n_children)
-        children = self.in_target_ids(top.indices).masked_fill(top.values == -torch.inf, -1)   # q had fewer tokens
-        if self.target_ids is not None:
-            wide = q.new_zeros(*q.shape[:-1], self.model.config.target_vocab_size)
-            q = wide.index_copy(-1, self.target_ids[1:], q[..., 1:])
-        return children, q
-
-    def guess(self, logits, positions, children):
-        """The F most likely next tokens that are not among `children` [B, T, c] (-1 excludes nothing): [B, T, F].
+    def guess(self, ranked, children):
+        """The first F of ranked [B, T, F+C] that are not among children [B, T, C]: what may follow if none is accepted.
 
         A rejected child can't be the bonus token: greedy and coupled would have accepted it, and the residual
         max(p - q, 0) of a rejected token is zero.
         """
-        scores = logits if self.residual else self.sampler.scores(logits, positions, self.target_ids)
-        wanted = min(self.width + children.shape[-1], logits.shape[-1])
-        top = self.in_target_ids(scores.topk(wanted).indices)               # [B, T, F+c]
-        taken = (top[..., None] == children[..., None, :]).any(-1)
+        taken = (ranked[..., None] == children[..., None, :]).any(-1)
         order = taken.int().argsort(dim=-1, stable=True)[..., :self.width]  # the untaken first, best first
-        return top.gather(-1, order)
+        return ranked.gather(-1, order)
 
     # -- drafting -----------------------------------------------------------------------------------------------------
 
@@ -228,17 +239,17 @@ class Drafter:
             fed = tokens[:, :, level.nodes].flatten(1)                      # [B, R*w]
             at = (depth + d).repeat_interleave(w)                           # [R*w]
             if d == 0 and previous is not None:
-                logits = self.forward(torch.stack([previous, fed[:, 0]], 1), *self.refeed)[:, 1:]
+                hidden, positions = self.forward(torch.stack([previous, fed[:, 0]], 1), *self.refeed)
+                hidden, positions = hidden[:, 1:].contiguous(), positions[:, 1:]
             else:
-                logits = self.forward(fed, at, level.offsets, level.mask)   # [B, R*w, V_draft]
-            positions = self.prefix_len[:, None] + at + 1
-            children, level_q = self.sample(logits, positions, max(level.ranks) + 1, level.fan_out)
+                hidden, positions = self.forward(fed, at, level.offsets, level.ancestors)       # [B, R*w, dim]
+            children, ranked, level_q = self.choices(hidden, positions, level.n_choices, level.fan_out)
             tokens[:, :, level.children] = children.view(B, R, w, -1)[:, :, level.parents, level.ranks]
             if known is not None:
                 tokens = torch.where(known[0][:, None, None], known[1][:, None], tokens)
             if self.width:
                 drawn = self.children_of(tokens, level.nodes).flatten(1, 2)             # [B, R*w, C]
-                guesses[:, :, level.nodes] = self.guess(logits, positions, drawn).view(B, R, w, -1)
+                guesses[:, :, level.nodes] = self.guess(ranked, drawn).view(B, R, w, -1)
             if level_q is not None:
                 q = level_q.new_zeros(B, R, tree.size, level_q.shape[-1]) if q is None else q
                 q[:, :, level.nodes] = level_q.view(B, R, w, -1)
@@ -250,7 +261,11 @@ class Drafter:
         return tokens[..., index.clamp(min=0)].masked_fill(index < 0, -1)
 
     def speculate(self, root, previous=None, known=None):
-        """Draft a speculation just in time. root [B]; previous, known: see `draft`."""
+        """Draft a speculation just in time. root [B]; previous, known: see `draft`. Returns a Speculation."""
+        self.forwards += self.tree.depth
+        return self.graphs(self._speculate, root, previous, known)
+
+    def _speculate(self, root, previous, known):
         return self.draft(root[:, None], torch.zeros_like(root[:1]), self.trunk, previous, known).map(lambda x: x[:, 0])
 
     def precompute(self, spec, glue=False):
@@ -260,31 +275,48 @@ class Drafter:
         be guessed too. glue: feed every node instead, because some speculation wasn't drafted by this model.
         Returns a SpeculationCache.
         """
-        tree = self.tree
-        nodes = list(range(tree.size)) if glue else tree.levels[-1]
+        self.forwards += self.tree.depth + 1
+        return self.graphs(self._precompute, spec, glue)
+
+    def _precompute(self, spec, glue):
+        tree, nodes = self.tree, self.all if glue else self.leaves
         at = tree.node_depth[nodes]
-        offsets = torch.tensor(nodes, device=at.device) if glue else self.leaves
-        logits = self.forward(spec.tokens[:, nodes], at, offsets, tree.mask[nodes])
+        ancestors = tree.ancestors if glue else self.leaf_ancestors
+        hidden, positions = self.forward(spec.tokens[:, nodes], at, nodes, ancestors)
+        _, ranked, _ = self.choices(hidden, positions, 1, self.fan_out[nodes])
         guesses = spec.guesses.clone()
-        guesses[:, nodes] = self.guess(logits, self.prefix_len[:, None] + at + 1, self.children_of(spec.tokens, nodes))
-        roots = guesses[:, self.nodes, self.choices]                        # [B, N]
+        guesses[:, nodes] = self.guess(ranked, self.children_of(spec.tokens, nodes))
+        roots = guesses[:, self.nodes, self.guess_ranks]                    # [B, N]
         return SpeculationCache(self.nodes, roots, self.draft(roots, tree.node_depth[self.nodes] + 1, self.branches))
 
-    def commit(self, spec, verdict, hit=None, branch=None):
-        """Make the accepted path part of the prefix and, in SSD, the chosen branch the new trunk: one move of KV rows.
+    def commit(self, spec, verdict):
+        """Make the accepted path part of the prefix (SD)."""
+        self.graphs(self._commit, spec.tokens, verdict, None)
 
-        hit [B] bool, branch [B]: what the lookup found; sequences that missed only commit their path.
+    def switch(self, spec, verdict, cache):
+        """Look the outcome up; commit the accepted path and, on a hit, the branch as the new trunk: one move of KV rows.
+
+        Returns hit [B] bool, branch [B] and the Speculation that the branch holds (anything for those that missed).
         """
+        return self.graphs(self._switch, spec.tokens, verdict, cache)
+
+    def _switch(self, tokens, verdict, cache):
+        hit, branch = cache.lookup(verdict)
+        self._commit(tokens, verdict, (hit, branch))
+        return hit, branch, cache.select(branch)
+
+    def _commit(self, tokens, verdict, found):
         size, start = self.tree.size, self.prefix_len[:, None]
         src, dst = path_slots(self.prefix_len, verdict)
-        self.history.scatter_(1, dst, spec.tokens.gather(1, src - start))
-        self.prefix_len = self.prefix_len + verdict.length + 1
-        self.history.scatter_(1, self.prefix_len[:, None], verdict.bonus[:, None])
-        if branch is not None:
-            node = torch.arange(size, device=start.device)
-            src = torch.cat([src, torch.where(hit[:, None], start + (branch[:, None] + 1) * size + node, start)], 1)
-            dst = torch.cat([dst, torch.where(hit[:, None], self.prefix_len[:, None] + node, start)], 1)
+        after = start + verdict.length[:, None] + 1
+        self.history.scatter_(1, dst, tokens.gather(1, src - start))
+        self.history.scatter_(1, after, verdict.bonus[:, None])
+        if found is not None:
+            hit, branch = (x[:, None] for x in found)
+            src = torch.cat([src, torch.where(hit, start + (branch + 1) * size + self.all, start)], 1)
+            dst = torch.cat([dst, torch.where(hit, after + self.all, start)], 1)
         self.cache.commit(src, dst)
+        self.prefix_len += verdict.length + 1
 
     def fall_back(self, backup, spec, root, hit):
         """Give the sequences that missed (hit [B] False) a speculation behind root [B]; the others keep theirs.
@@ -292,25 +324,27 @@ class Drafter:
         backup: "neural" drafts it with the model, D forwards that everybody waits for; "fast" looks the last tokens up
         in the text so far and proposes what followed there, or nothing.
         """
+        self.forwards += self.tree.depth if backup == "neural" else 0
+        return self.graphs(self._fall_back, backup, spec, root, hit)
+
+    def _fall_back(self, backup, spec, root, hit):
         if backup == "neural":
-            new = self.speculate(root, known=(hit, spec.tokens))
+            new = self._speculate(root, None, (hit, spec.tokens))
         else:
-            spine = [0]                                                     # the path of first choices
-            while (child := self.tree.first_child[spine[-1]]) > 0:
-                spine.append(child)
-            proposal = prompt_lookup(self.history, self.prefix_len + 1, len(spine) - 1)
-            new = Speculation(torch.full_like(spec.tokens, -1), spec.guesses, None)
-            new.tokens[:, spine] = torch.cat([root[:, None], proposal], 1)
+            proposal = prompt_lookup(self.history, self.prefix_len + 1, len(self.spine) - 1)
+            tokens, q = torch.full_like(spec.tokens, -1), None
+            tokens[:, self.spine] = torch.cat([root[:, None], proposal], 1)
             if spec.q is not None:                                          # a proposal is drawn from a point mass
-                new.q = torch.zeros_like(spec.q)
-                new.q[:, spine[:-1]] = new.q[:, spine[:-1]].scatter(-1, proposal.clamp(min=0)[..., None],
-                                                                    (proposal >= 0)[..., None].to(spec.q.dtype))
-        rows = lambda x: hit.view(-1, *[1] * (x.dim() - 1))
-        merged = [None if x is None else torch.where(rows(x), old, x)
-                  for x, old in ((new.tokens, spec.tokens), (new.guesses, spec.guesses), (new.q, spec.q))]
-        return Speculation(*merged)
+                point = torch.zeros_like(spec.q[:, self.spine[:-1]])
+                point = point.scatter(-1, proposal.clamp(min=0)[..., None], (proposal >= 0)[..., None].to(point.dtype))
+                q = torch.zeros_like(spec.q)
+                q[:, self.spine[:-1]] = point
+            new = Speculation(tokens, spec.guesses, q)
+        pick = lambda old, x: None if x is None else torch.where(hit.view(-1, *[1] * (x.dim() - 1)), old, x)
+        return Speculation(*map(pick, spec, new))
 
     def keep(self, rows):
+        self.graphs.clear()
         self.cache.keep(rows)
         self.prefix_len, self.history = self.prefix_len[rows], self.history[rows]
 

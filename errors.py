@@ -14,5 +14,6 @@ def exit_on_user_error():
     try:
         yield
     except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        line = " ".join(str(error).split("\n"))
+        print(f"{os.path.basename(sys.argv[0])}: error: {line}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -153,7 +153,7 @@ class KVCache:
 
     def commit(self, src, dst):
         """Copy slots src[b, i] to dst[b, i], all reads before all writes (src, dst [B, P] int64)."""
-        (kernels.TRITON if self.k.is_cuda else kernels.TORCH).commit(self.k, self.v, src, dst)
+        kernels.ops_for(self.k).commit(self.k, self.v, src, dst)
 
     def keep(self, rows):
         """Go on with the sequences `rows` (list of int, ascending) alone; later steps cost nothing for the others."""
@@ -187,7 +187,9 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Layer(c, new) for _ in range(c.n_layers))
         self.norm = new(c.dim)
         self.head = self.embed if c.tie_embeddings else new(c.vocab_size, c.dim)
-        self.ops = kernels.TRITON if torch.device(device or "cpu").type == "cuda" else kernels.TORCH
+        # How it runs: on a GPU with Triton kernels inside CUDA graphs, elsewhere as plain torch.
+        self.graphs = torch.device(device or "cpu").type == "cuda"
+        self.ops = kernels.TRITON if self.graphs else kernels.TORCH
         self.register_buffer("freqs", rope_frequencies(c).to(device), persistent=False)
         # A trimmed draft's id -> target id; draft id 0 stands for every token it doesn't know and maps to -1.
         trimmed = c.target_vocab_size is not None
@@ -205,8 +207,9 @@ class Llama(nn.Module):
         """One step over a token tree; writes the new tokens' K and V into `cache`.
 
         tokens, positions, slots [B, T] int64: token ids (-1, an empty tree node, reads as 0), RoPE positions (depth in
-        the text), cache slots (storage). prefix_len [B] int64. mask [T, S] bool: new token t sees speculative slot j,
-        i.e. cache slot prefix_len + j, besides the whole prefix. No token may see a slot above its step's highest.
+        the text), cache slots (storage). prefix_len [B] int64. mask [T, S] bool, or kernels.Ancestors.of it: new token t
+        sees speculative slot j, i.e. cache slot prefix_len + j, besides the whole prefix; parents stand before their
+        children, and no token sees a slot above its step's highest.
         end: a host-side bound on the slots in use, if the caller knows one. Returns hidden [B, T, dim] after the
         final norm.
         """

@@ -19,6 +19,7 @@ import torch
 import kernels
 from batch import Batch, Chunk, Options, Stats  # noqa: F401 (Chunk, Options, Stats: what callers need)
 from draft import Drafter, Speculation, Verdict, path_slots, saguaro_probs  # noqa: F401 (saguaro_probs: the maths)
+from graphs import Graphs
 from kernels.noise import ACCEPT, TARGET
 from model import KVCache, prefill
 from sampling import Sampling  # noqa: F401
@@ -57,7 +58,7 @@ def accept_coupled(tokens, tree, own):
 
     tokens [B, M+1]; own [B, M+1] the target's token after each node, argmax(logits / T + g). Returns a Verdict.
     """
-    path, length = (kernels.TRITON if own.is_cuda else kernels.TORCH).walk(tokens, tree.parent, tree.depth, own)
+    path, length = kernels.ops_for(own).walk(tokens, tree.parent, tree.depth, own)
     return Verdict(path, length, own.gather(1, path[:, -1:])[:, 0])
 
 
@@ -170,28 +171,35 @@ class Target:
 
     def __init__(self, model, prompts, sampler, room, residual=False):
         self.model, self.sampler, self.residual = model, sampler, residual and not sampler.greedy
+        self.graphs = Graphs(model.graphs)
         self.cache = KVCache(model.config, len(prompts), room, model.device, model.dtype)
-        self.prefix_len = prefill(model, self.cache, prompts)
+        self.prefix_len = prefill(model, self.cache, prompts)               # [B]
 
     def verify(self, spec, tree):
-        """One forward over the tree and the accept rule. Returns a Verdict."""
+        """One forward over the tree, the accept rule, and the commit of the accepted path. Returns a Verdict."""
+        return self.graphs(self._verify, spec.tokens, spec.q, tree)
+
+    def _verify(self, tokens, q, tree):
         start = self.prefix_len[:, None]
         positions = start + tree.node_depth
         slots = start + torch.arange(tree.size, device=start.device)
-        logits = self.model.logits(self.model(spec.tokens, positions, slots, self.prefix_len, tree.mask, self.cache))
+        hidden = self.model(tokens, positions, slots, self.prefix_len, tree.ancestors, self.cache)
         if not self.residual:
-            return accept_coupled(spec.tokens, tree, self.sampler.scores(logits, positions + 1).argmax(-1))
-        ahead = start + 1 + torch.arange(tree.depth + 1, device=start.device)           # positions of the next tokens
-        vocab, ranks = (torch.arange(n, device=start.device) for n in (logits.shape[-1], tree.children.shape[1]))
-        coins = kernels.uniform(self.sampler.seeds, ACCEPT, ahead[:, :-1], ranks)
-        noise = self.sampler.noise(TARGET, ahead, vocab)
-        return accept_residual(spec.tokens, tree, self.sampler.tempered(logits).softmax(-1), spec.q, coins, noise)
-
-    def commit(self, verdict):
+            own = self.sampler.choose(self.model, hidden, positions + 1, 1)[..., 0]
+            verdict = accept_coupled(tokens, tree, own)
+        else:
+            p = self.sampler.tempered(self.model.logits(hidden)).softmax(-1)                # [B, M+1, V]
+            ahead = start + 1 + torch.arange(tree.depth + 1, device=start.device)           # positions of the next tokens
+            vocab, ranks = (torch.arange(n, device=start.device) for n in (p.shape[-1], tree.children.shape[1]))
+            coins = kernels.uniform(self.sampler.seeds, ACCEPT, ahead[:, :-1], ranks)
+            noise = self.sampler.noise(TARGET, ahead, vocab)
+            verdict = accept_residual(tokens, tree, p, q, coins, noise)
         self.cache.commit(*path_slots(self.prefix_len, verdict))
-        self.prefix_len = self.prefix_len + verdict.length + 1
+        self.prefix_len += verdict.length + 1
+        return verdict
 
     def keep(self, rows):
+        self.graphs.clear()
         self.cache.keep(rows)
         self.prefix_len = self.prefix_len[rows]
 
@@ -250,7 +258,6 @@ def autoregressive(target_model, prompts, max_new_tokens, sampling, stop_ids=(),
     while True:
         spec = Speculation(root[:, None])
         verdict = target.verify(spec, tree)
-        target.commit(verdict)
         chunks, rows, _ = batch.finish_round(tree, spec, verdict)
         yield chunks
         if not rows:
@@ -275,7 +282,6 @@ def sd(target_model, draft_model, prompts, max_new_tokens, sampling, options, st
     while True:
         spec = drafter.speculate(root, previous)
         verdict = target.verify(spec, tree)
-        target.commit(verdict)
         drafter.commit(spec, verdict)
         chunks, rows, _ = batch.finish_round(tree, spec, verdict)
         batch.stats.draft_forwards = drafter.forwards
@@ -307,15 +313,12 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
         while True:
             drafted = beside.start(drafter.precompute, spec, glue)      # guess the outcomes, draft for each of them ...
             verdict = target.verify(spec, tree)                         # ... while the target verifies
-            cache = drafted()
-            hit, branch = cache.lookup(verdict)
-            target.commit(verdict)
-            drafter.commit(spec, verdict, hit, branch)
+            hit, branch, drafted_next = drafter.switch(spec, verdict, drafted())
             chunks, rows, hits = batch.finish_round(tree, spec, verdict, drafter, hit, branch)
             yield chunks
             if not rows:
                 return
-            spec, root = cache.select(branch), verdict.bonus
+            spec, root = drafted_next, verdict.bonus
             if len(rows) < len(root):
                 batch.drop_finished(rows, target, drafter)
                 spec, root, hit = spec.map(lambda x: x[rows]), root[rows], hit[rows]

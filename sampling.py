@@ -60,3 +60,16 @@ class Sampler:
             return logits
         ids = torch.arange(logits.shape[-1], device=logits.device) if ids is None else ids
         return self.tempered(logits) + self.noise(TARGET, positions, ids)
+
+    def choose(self, model, hidden, positions, n, ids=None):
+        """The n best tokens by `scores`, as indices of the model's vocabulary: hidden [B, T, dim] -> [B, T, n].
+
+        Logits are written out only where a filter must see them all, or the rows are too many for the kernel.
+        """
+        filtered = not self.greedy and (self.top_k or self.top_p < 1)
+        if not filtered and hasattr(model, "ops") and hidden[..., 0].numel() <= kernels.MAX_ROWS:
+            return model.ops.best(hidden, model.head, n, self.temperature, self.seeds, TARGET, positions, ids)
+        scores = self.scores(model.logits(hidden), positions, ids)
+        if ids is not None:
+            scores = scores.masked_fill(ids < 0, -torch.inf)                # "any other token" is no choice
+        return scores.topk(min(n, scores.shape[-1])).indices

@@ -3,6 +3,8 @@ import heapq
 
 import torch
 
+from kernels import Ancestors
+
 
 class Tree:
     """A static speculation topology: the parent of every node, nodes sorted by depth, children by rank.
@@ -24,6 +26,7 @@ class Tree:
         self.depth = self.depths[-1]                                        # D
         self.levels = [[n for n in range(self.size) if self.depths[n] == d] for d in range(self.depth + 1)]
         self.mask = mask.to(device)
+        self.ancestors = Ancestors.of(self.mask)
         self.parent = torch.tensor(self.parents, device=device)
         self.node_depth = torch.tensor(self.depths, device=device)
         children = torch.full((self.size, max(1, *self.n_children)), -1)    # [M+1, C], -1 where there is none

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from kernels import accept, commit, embed, head, linear, tree_attention
 from kernels.launch import MAX_ROWS, Int8Weight
 from kernels.noise import gumbel, uniform
+from kernels.tree_attention import Ancestors
 
 TORCH = SimpleNamespace(
     name="torch", embed=embed.embed_ref, linear=linear.linear_ref, swiglu_linear=linear.swiglu_linear_ref,
@@ -18,4 +19,10 @@ TRITON = SimpleNamespace(
     visibility=tree_attention.visibility, tree_attention=tree_attention.tree_attention, rms_norm=head.norm, head=head.head,
     best=head.best, commit=commit.commit, walk=accept.walk)
 
-__all__ = ["MAX_ROWS", "TORCH", "TRITON", "Int8Weight", "gumbel", "uniform"]
+
+def ops_for(tensor):
+    """The ops that fit where a tensor lives."""
+    return TRITON if tensor.is_cuda else TORCH
+
+
+__all__ = ["Ancestors", "MAX_ROWS", "TORCH", "TRITON", "Int8Weight", "gumbel", "ops_for", "uniform"]

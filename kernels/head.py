@@ -22,13 +22,16 @@ def head_ref(hidden, w):
 def best_ref(hidden, w, n, temperature, seeds, stream, positions, ids=None):
     """The n best tokens (indices of w's rows) of each position [B, T, n], by logits / temperature + Gumbel noise.
 
-    hidden [B, T, dim]; temperature 0: by the logits alone; seeds [B], positions [B, T], ids [V] or None: see `gumbel`.
+    hidden [B, T, dim]; temperature 0: by the logits alone; seeds [B], positions [B, T], ids [V] or None: see `gumbel`;
+    a row with id -1 is no token and never chosen.
     """
     scores = head_ref(hidden, w)
     if temperature > 0:
-        ids = torch.arange(w.shape[0], device=w.device) if ids is None else ids
-        scores = scores / temperature + gumbel_ref(seeds, stream, positions, ids)
-    return scores.topk(n).indices
+        noise_ids = torch.arange(w.shape[0], device=w.device) if ids is None else ids
+        scores = scores / temperature + gumbel_ref(seeds, stream, positions, noise_ids)
+    if ids is not None:
+        scores = scores.masked_fill(ids < 0, -torch.inf)
+    return scores.topk(min(n, w.shape[0])).indices
 
 
 @triton.jit

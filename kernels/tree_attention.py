@@ -27,11 +27,25 @@ BLOCK = 64              # positions a block
 LONGEST = 64            # most speculative slots that one token can see, itself included
 
 
+class Ancestors(NamedTuple):
+    """An ancestor mask, and the same as lists: which speculative slots each new token sees, oldest first."""
+    mask: torch.Tensor                  # [T, S] bool
+    slots: torch.Tensor                 # [T, A] int32
+    count: torch.Tensor                 # [T] int32: how many of them
+
+    @classmethod
+    def of(cls, mask):
+        """mask [T, S] bool; slots must be in the order of positions, i.e. parents stand before their children."""
+        order = mask.to(torch.int32).argsort(dim=1, descending=True, stable=True)[:, :LONGEST]
+        return cls(mask, order.to(torch.int32).contiguous(), mask.sum(1, dtype=torch.int32))
+
+
 def visibility_ref(prefix_len, mask, end):
-    """Which slot each new token sees. prefix_len [B] int64, mask [T, S] bool -> [B, 1, T, end] bool.
+    """Which slot each new token sees. prefix_len [B] int64, mask [T, S] bool or Ancestors -> [B, 1, T, end] bool.
 
     Speculative slot j of a sequence is cache slot prefix_len + j. Built once a forward, shared by all layers.
     """
+    mask = mask.mask if isinstance(mask, Ancestors) else mask
     S = mask.shape[1]
     j = torch.arange(end, device=mask.device) - prefix_len[:, None]         # [B, end] index of the speculative slot
     tail = mask[:, j.clamp(0, S - 1)].transpose(0, 1)                       # [B, T, end]
@@ -51,31 +65,19 @@ def tree_attention_ref(q, k, v, visible):
     return out.view(B, KV, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
-class Lineage(NamedTuple):
-    """An ancestor mask as lists: which speculative slots each new token sees, oldest first."""
-    slots: torch.Tensor                 # [T, A] int32
-    count: torch.Tensor                 # [T] int32: how many of them
-
-    @classmethod
-    def of(cls, mask):
-        """mask [T, S] bool; slots are in the order of positions, i.e. parents stand before their children."""
-        order = mask.to(torch.int32).argsort(dim=1, descending=True, stable=True)[:, :LONGEST]
-        return cls(order.to(torch.int32).contiguous(), mask.sum(1, dtype=torch.int32))
-
-
 class View(NamedTuple):
     """What `tree_attention` needs to know about a step, made once for all layers."""
     prefix_len: torch.Tensor            # [B] int64
-    lineage: Lineage
+    ancestors: Ancestors
     splits: int                         # programs that share the blocks of a sequence
     arrivals: torch.Tensor              # int32 zeros, and left as zeros: counts the programs of a tile that are done
 
 
 def visibility(prefix_len, mask, end):
-    """mask: [T, S] bool, or the Lineage made of it beforehand. Returns a View."""
-    lineage = mask if isinstance(mask, Lineage) else Lineage.of(mask)
+    """mask: [T, S] bool, or the Ancestors made of it beforehand, which saves sorting it. Returns a View."""
+    ancestors = mask if isinstance(mask, Ancestors) else Ancestors.of(mask)
     arrivals = torch.zeros(len(prefix_len) * MAX_ROWS * 8, dtype=torch.int32, device=prefix_len.device)
-    return View(prefix_len, lineage, min(32, triton.cdiv(end, BLOCK)), arrivals)
+    return View(prefix_len, ancestors, min(32, triton.cdiv(end, BLOCK)), arrivals)
 
 
 @triton.jit
@@ -194,7 +196,7 @@ def tree_attention(q, k, v, view):
     stat = torch.empty(B * KV * tiles * view.splits * 2 * ROWS, device=device)
     assert B * KV * tiles <= view.arrivals.numel()
     tree_attention_kernel[(view.splits, tiles, B * KV)](
-        q, k, v, view.prefix_len, *view.lineage, out, part, stat, view.arrivals, T, view.lineage.slots.shape[1], k.stride(0),
+        q, k, v, view.prefix_len, view.ancestors.slots, view.ancestors.count, out, part, stat, view.arrivals, T, view.ancestors.slots.shape[1], k.stride(0),
         k.stride(1), D ** -0.5 * 1.4426950408889634, KV, H // KV, D, BLOCK, ROWS, PDL=pdl(device), num_warps=4,
         **launch_options(device))
     return out

@@ -115,7 +115,7 @@ class Drafter:
         """
         self.model, self.sampler, self.options = model, sampler, options
         self.residual = options.accept == "residual" and not sampler.greedy
-        self.graphs = Graphs(model.graphs)
+        self.graphs = Graphs(getattr(model, "graphs", False))
         history = torch.zeros(len(prompts), room, dtype=torch.int64)
         for row, prompt in zip(history, prompts):
             row[:len(prompt)] = torch.tensor(prompt)

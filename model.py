@@ -103,14 +103,14 @@ class LlamaConfig:
     def to_hf(self):
         """The config.json of this model; plain Llama unless the vocabulary is trimmed."""
         rope = {"rope_type": "default"} if self.rope_scaling is None else {"rope_type": "llama3", **self.rope_scaling}
-        eos = list(self.eos_ids) if len(self.eos_ids) != 1 else self.eos_ids[0]
+        eos = self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids) or None
         hf = dict(
             architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=self.vocab_size, hidden_size=self.dim,
             num_hidden_layers=self.n_layers, num_attention_heads=self.n_heads, num_key_value_heads=self.n_kv_heads,
             head_dim=self.head_dim, intermediate_size=self.ffn_dim, rms_norm_eps=self.norm_eps,
             rope_theta=self.rope_theta, rope_scaling=None if self.rope_scaling is None else rope,
             rope_parameters={"rope_theta": self.rope_theta, **rope}, max_position_embeddings=self.max_context,
-            tie_word_embeddings=self.tie_embeddings, bos_token_id=self.bos_id, eos_token_id=eos or None,
+            tie_word_embeddings=self.tie_embeddings, bos_token_id=self.bos_id, eos_token_id=eos,
             hidden_act="silu", attention_bias=False, mlp_bias=False,
             torch_dtype=next(name for name, dtype in DTYPES.items() if dtype == self.dtype))
         if self.target_vocab_size is not None:

@@ -171,7 +171,7 @@ class Target:
 
     def __init__(self, model, prompts, sampler, room, residual=False):
         self.model, self.sampler, self.residual = model, sampler, residual and not sampler.greedy
-        self.graphs = Graphs(model.graphs)
+        self.graphs = Graphs(getattr(model, "graphs", False))
         self.cache = KVCache(model.config, len(prompts), room, model.device, model.dtype)
         self.prefix_len = prefill(model, self.cache, prompts)               # [B]
 

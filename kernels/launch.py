@@ -38,7 +38,14 @@ class Blocks(NamedTuple):
 
 
 # Measured on an H100 (python -m kernels.tune): (N, K) -> blocks. Other shapes and GPUs follow `blocks_for`.
-SM90 = {}
+SM90 = {
+    (6144, 4096): Blocks(16, 512, 3, 4), (4096, 4096): Blocks(32, 256, 6, 4), (28672, 4096): Blocks(32, 256, 6, 4),
+    (4096, 14336): Blocks(64, 128, 6, 4, 2), (128256, 4096): Blocks(64, 128, 6, 4),                     # Llama 3.1 8B
+    (3072, 2048): Blocks(32, 256, 6, 4), (2048, 2048): Blocks(64, 128, 4, 4, 4), (16384, 2048): Blocks(32, 256, 3, 4),
+    (2048, 8192): Blocks(64, 128, 6, 4, 4), (128256, 2048): Blocks(64, 128, 6, 4),                      # Llama 3.2 1B
+    (960, 576): Blocks(16, 64, 5, 4), (576, 576): Blocks(16, 64, 6, 4), (3072, 576): Blocks(32, 64, 5, 4),
+    (576, 1536): Blocks(16, 512, 3, 4), (49152, 576): Blocks(128, 64, 6, 4),                            # SmolLM2 135M
+}
 
 
 def blocks_for(N, K, paired=False):

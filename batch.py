@@ -9,6 +9,7 @@ from errors import UserError
 from sampling import Sampler
 
 MAX_NODES = 128         # drafted tokens in a tree; more rows than this no longer ride for free in a verify
+MAX_BUDGET = 1024       # outcomes guessed per sequence and round; each costs a row in every forward of the draft
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,12 @@ class Options:
             nodes, n = nodes + n * width, n * width
         nodes = widths if isinstance(widths, int) else nodes if widths else self.k
         for bad, message in (
-            (self.k < 1, f"K must be at least 1, got {self.k}"),
+            (self.k < 1, f"--k (the lookahead K) must be at least 1, got {self.k}"),
             (self.tree is not None and nodes < 1, f"a tree needs at least 1 node, got '{self.tree}'"),
-            (nodes > MAX_NODES, f"the tree has {nodes} nodes, at most {MAX_NODES} are supported; use fewer"),
-            (self.fanout_budget < 1, f"the fan-out budget must be at least 1, got {self.fanout_budget}"),
-            (not 0 <= self.saguaro_c <= 1, f"C must lie in [0, 1], got {self.saguaro_c}"),
+            (nodes > MAX_NODES, f"the speculation (--k or --tree) has {nodes} tokens; at most {MAX_NODES} are supported"),
+            (not 1 <= self.fanout_budget <= MAX_BUDGET,
+             f"--fanout-budget must lie in 1..{MAX_BUDGET}, got {self.fanout_budget}"),
+            (not 0 <= self.saguaro_c <= 1, f"--saguaro-c (C) must lie in [0, 1], got {self.saguaro_c}"),
             (self.fanout not in ("uniform", "geometric", "auto"), f"unknown fan-out '{self.fanout}'"),
             (self.accept not in ("coupled", "residual"), f"unknown accept rule '{self.accept}'"),
             (self.backup not in ("neural", "fast", "auto"), f"unknown backup '{self.backup}'"),

@@ -24,6 +24,7 @@ from kernels.launch import MAX_ROWS, launch_options, pdl, wait_for_inputs
 
 ROWS = 16               # (token, head) rows a tile: the narrowest operand of a tensor core product
 BLOCK = 64              # positions a block
+WARPS, STAGES = 4, 1    # STAGES 1: the loop over tokens must not be software-pipelined
 LONGEST = 64            # most speculative slots that one token can see, itself included
 
 
@@ -197,6 +198,6 @@ def tree_attention(q, k, v, view):
     assert B * KV * tiles <= view.arrivals.numel()
     tree_attention_kernel[(view.splits, tiles, B * KV)](
         q, k, v, view.prefix_len, view.ancestors.slots, view.ancestors.count, out, part, stat, view.arrivals, T, view.ancestors.slots.shape[1], k.stride(0),
-        k.stride(1), D ** -0.5 * 1.4426950408889634, KV, H // KV, D, BLOCK, ROWS, PDL=pdl(device), num_warps=4,
+        k.stride(1), D ** -0.5 * 1.4426950408889634, KV, H // KV, D, BLOCK, ROWS, PDL=pdl(device), num_warps=WARPS, num_stages=STAGES,
         **launch_options(device))
     return out

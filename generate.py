@@ -1,0 +1,451 @@
+"""Generate text: with the target model alone (ar), with a draft before it (sd), or with a draft beside it (ssd).
+
+    python generate.py --prompt "Once upon a time"                  the embedded pair in weights/
+    python generate.py --model DIR --draft DIR --chat               talk to a Llama checkpoint
+    python generate.py --prompts questions.jsonl --batch 8 --json   a JSON line a prompt on stdout
+    python generate.py --prompt "def fib(n):" --compare             the same prompt in ar, sd and ssd
+
+Text (or JSON) goes to stdout, all else to stderr. Exit code 0; 2 for a mistake in the request, which one line explains;
+130 after Ctrl-C, with the text so far; 141 if the reader of stdout went away.
+"""
+import argparse
+import json
+import math
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from batch import Options, Stats, check_vocabularies
+from errors import UserError, exit_on_user_error
+from model import DTYPES, Llama, LlamaConfig
+from saguaro import autoregressive, sd, ssd
+from sampling import Sampling
+from tokenizer import Tokenizer
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"               # the embedded pair: target/ and draft/
+MODES = {"ar": autoregressive, "sd": sd, "ssd": ssd}
+TINTS = {"accepted-hit": "\033[32m", "accepted-miss": "\033[33m", "bonus": "\033[36m"}     # green, yellow, cyan
+WARM_UP_TOKENS = 16             # --compare runs each mode this far beforehand, so that none is timed while it compiles
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The request
+
+class FlagParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)                        # one line, as for every other mistake, and no usage dump
+
+
+def parse_flags(argv):
+    parser = FlagParser("generate.py", description=__doc__, allow_abbrev=False,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(flag, default=None, help="", **how):
+        how = {"type": type(default), "metavar": "N", **how} if isinstance(default, (int, float)) else how
+        help += "" if default is None else f" (default {default})"
+        parser.add_argument(flag, default=default, help=help, **how)
+
+    def switch(flag, help):
+        parser.add_argument(flag, action="store_true", help=help)
+
+    add("--prompt", help="the text to continue; - reads it from stdin", metavar="TEXT")
+    add("--prompts", help='a {"prompt": ...} a line; its other keys are carried into --json', metavar="FILE.jsonl")
+    add("--batch", 1, "how many of --prompts run together")
+    switch("--chat", "use the chat template; with no prompt: a conversation, a line a turn")
+    add("--model", help="checkpoint folder of the target (default: the embedded pair)", metavar="DIR")
+    add("--draft", help="checkpoint folder of the draft, which must share the target's vocabulary", metavar="DIR")
+    add("--mode", help="default: ssd, or ar if there is no draft", choices=MODES)
+    add("--max-new-tokens", 256)
+    add("--temperature", Sampling.temperature, "0 is greedy")
+    add("--top-k", Sampling.top_k, "0 is off")
+    add("--top-p", Sampling.top_p)
+    add("--seed", Sampling.seed)
+    add("--device", "auto", "auto, cpu, cuda or cuda:N")
+    add("--dtype", "auto", "auto is bfloat16 on a GPU and float32 on a CPU", choices=("auto", *DTYPES))
+    add("--k", Options.k, "tokens to draft in a round")
+    add("--tree", Options.tree, "draft a tree: children per depth (4,2,1,1) or the best one of so many nodes (32)")
+    add("--fanout", Options.fanout, "how ssd spreads its guesses", choices=("uniform", "geometric", "auto"))
+    add("--fanout-budget", Options.fanout_budget, "outcomes that ssd guesses in a round")
+    add("--saguaro-c", Options.saguaro_c, "C of Saguaro sampling, for --accept residual")
+    add("--accept", Options.accept, "accept rule", choices=("coupled", "residual"))
+    add("--backup", Options.backup, "who drafts after a miss", choices=("neural", "fast", "auto"))
+    switch("--compare", "run ar, sd and ssd on the same prompts and print a table")
+    switch("--color", "tint each token by where it came from")
+    switch("--json", "print a JSON line a prompt instead of text")
+    args = parser.parse_args(argv)
+
+    no_prompt = args.prompt is None and args.prompts is None
+    for wrong, message in (
+        (no_prompt and not args.chat, "nothing to do: give --prompt, --prompts or --chat"),
+        (no_prompt and args.compare, "--compare needs --prompt or --prompts"),
+        (None not in (args.prompt, args.prompts), "give --prompt or --prompts, not both"),
+        (args.compare and (args.mode or args.json), "--compare is a table of all modes: leave out --mode and --json"),
+        (args.color and (args.compare or args.json), "--color tints text: leave out --compare and --json"),
+        (args.batch < 1, f"--batch must be at least 1, got {args.batch}"),
+        (args.max_new_tokens < 1, f"--max-new-tokens must be at least 1, got {args.max_new_tokens}"),
+        (not 0 <= args.temperature < math.inf, f"--temperature must be at least 0, got {args.temperature}"),
+        (args.top_k < 0, f"--top-k must be at least 0, got {args.top_k}"),
+        (not 0 < args.top_p <= 1, f"--top-p must lie in (0, 1], got {args.top_p}"),
+        (not 0 <= args.seed < 2**63, f"--seed must lie in [0, 2^63), got {args.seed}"),
+    ):
+        if wrong:
+            raise UserError(message)
+    return args
+
+
+def read_rows(args):
+    """{where it was read: {"prompt": text, whatever else is in its line}}; empty for a conversation.
+
+    Bytes that are not UTF-8 become lone surrogates, which Engine.encode refuses.
+    """
+    if args.prompt == "-":
+        text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+        return {"--prompt -": {"prompt": text.removesuffix("\n")}}          # the newline is echo's
+    if args.prompts is None:
+        return {} if args.prompt is None else {"--prompt": {"prompt": args.prompt}}
+    try:
+        lines = Path(args.prompts).read_text("utf-8-sig", "surrogateescape").split("\n")
+    except OSError as error:
+        raise UserError(f"--prompts {args.prompts}: {error.strerror}") from None
+    rows = {}
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{args.prompts} line {number}"
+            try:
+                row = rows[where] = json.loads(line)
+            except ValueError as error:
+                raise UserError(f'{where}: not JSON ({error}); expected {{"prompt": "..."}}') from None
+            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+                raise UserError(f'{where}: has no "prompt" text; expected {{"prompt": "..."}}')
+    if not rows:
+        raise UserError(f"--prompts {args.prompts}: there is no prompt in it")
+    return rows
+
+
+def find_folders(args):
+    """(mode, {"target": folder, "draft": folder unless the mode is ar})."""
+    target, draft, mode = args.model, args.draft, args.mode or "ssd"
+    if target is None:
+        target, draft = WEIGHTS / "target", draft or WEIGHTS / "draft"
+        if not target.is_dir():
+            raise UserError(f"no --model, and no embedded pair in {WEIGHTS}: give --model DIR (and --draft DIR)")
+    if draft is None and args.mode is None and not args.compare:
+        mode = "ar"
+    if draft is None and mode != "ar":
+        raise UserError(f"{'--compare' if args.compare else '--mode ' + mode} needs a draft: give --draft DIR")
+    return mode, {"target": target} if mode == "ar" else {"target": target, "draft": draft}
+
+
+def find_device(name):
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"{device.type} is not supported")
+        torch.empty(1, device=device)                                       # is it really there?
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; expected auto, cpu, cuda or cuda:N") from None
+    return device
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine
+
+@dataclass
+class Reply:
+    """One prompt and its answer while it grows."""
+    prompt_ids: list
+    row: dict = field(default_factory=dict)         # the prompt's row
+    title: str = ""                                 # goes above the text where there are several
+    ids: list = field(default_factory=list)         # new tokens, a stop id at the end included
+    pieces: list = field(default_factory=list)      # (text, origin) of each
+    seconds: float = 0.0                            # from the request to the newest token, prefill included
+    first_token: float | None = None                # seconds
+    finish_reason: str = "interrupted"              # until it is "stop" (a stop id) or "length"
+
+    @property
+    def text(self):
+        return "".join(text for text, _ in self.pieces)
+
+
+class Engine:
+    """What all answers of a run share. Making one checks whatever is cheap to check; then `load` reads the weights."""
+
+    def __init__(self, args):
+        self.args = args
+        self.mode, self.folders = find_folders(args)
+        self.device = find_device(args.device)
+        auto = "bfloat16" if self.device.type == "cuda" else "float32"
+        self.dtype = DTYPES[auto if args.dtype == "auto" else args.dtype]
+        self.sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+        self.options = Options(args.k, args.tree, args.fanout, args.fanout_budget, args.saguaro_c, args.accept,
+                               args.backup)
+        self.options.check()
+        self.configs = {name: LlamaConfig.from_folder(folder) for name, folder in self.folders.items()}
+        if self.mode != "ar":
+            check_vocabularies(*self.configs.values())
+        self.tokenizer = Tokenizer.from_folder(self.folders["target"])
+        size, config = self.tokenizer.vocab_size, self.configs["target"]
+        if size > config.vocab_size:            # the other way round is padding; such ids decode to nothing
+            raise UserError(f"{self.folders['target']}: the tokenizer has {size} tokens and the model only "
+                            f"{config.vocab_size}; expected files that belong together")
+        self.stop_ids = {*self.tokenizer.eos_ids, *(self.tokenizer.chat_stop_ids if args.chat else ())}
+
+    def encode(self, messages):
+        """Chat messages, or without --chat one message that is raw text -> token ids."""
+        if any("\ud800" <= char <= "\udfff" for message in messages for char in message["content"]):
+            raise UserError("the prompt is not valid UTF-8 text")
+        ids = self.tokenizer.chat(messages) if self.args.chat else self.tokenizer.prompt(messages[0]["content"])
+        if not ids or not messages[-1]["content"]:
+            raise UserError("the prompt is empty")
+        return ids
+
+    def too_long(self, ids):
+        """What to say if prompt and answer don't fit; None if they do."""
+        length = len(ids) + self.args.max_new_tokens
+        for name, config in self.configs.items():
+            if length > config.max_context:
+                return (f"{len(ids)} prompt tokens and {self.args.max_new_tokens} new ones are {length}, over the "
+                        f"{name}'s context of {config.max_context}; shorten the prompt or lower --max-new-tokens")
+
+    def load(self):
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        self.models = [Llama.load(folder, self.device, self.dtype, loading(name))
+                       for name, folder in self.folders.items()]
+
+    def stream(self, mode, replies, stats, max_new_tokens):
+        """Answer a batch of replies; yields (reply, text, origin) token by token, the text in whole characters."""
+        models, options = (self.models[:1], ()) if mode == "ar" else (self.models, (self.options,))
+        decoders = [self.tokenizer.stream() for _ in replies]
+        prompts, start = [reply.prompt_ids for reply in replies], time.perf_counter()
+        loop = MODES[mode](*models, prompts, max_new_tokens, self.sampling, *options, self.stop_ids, stats=stats)
+        for chunks in loop:
+            now = time.perf_counter() - start
+            for chunk in chunks:
+                reply, decoder = replies[chunk.sequence], decoders[chunk.sequence]
+                reply.seconds, reply.first_token = now, reply.first_token or now
+                for id, origin in zip(chunk.tokens, chunk.origins):
+                    reply.ids.append(id)
+                    stop = id in self.stop_ids
+                    text = "" if stop else decoder.push(id)
+                    if stop or len(reply.ids) == max_new_tokens:
+                        reply.finish_reason = "stop" if stop else "length"
+                        text += decoder.flush()
+                    reply.pieces.append((text, origin))
+                    yield reply, text, origin
+
+
+def loading(name):
+    """progress(done, total) for Llama.load: goes along on a terminal, elsewhere speaks up if a load takes long."""
+    tty, told = sys.stderr.isatty(), time.monotonic()
+
+    def progress(done, total):
+        nonlocal told
+        if time.monotonic() - told > (0.1 if tty else 5.0) or tty and done == total:
+            told, end = time.monotonic(), "\r" if tty and done < total else "\n"
+            print(f"loading the {name}: {done / 1e6:.0f} of {total / 1e6:.0f} MB", end=end, file=sys.stderr, flush=True)
+
+    return progress
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the user sees
+
+def write(text, origin=None):
+    """Text to stdout, at once; tinted if an origin is given."""
+    print(f"{TINTS[origin]}{text}\033[0m" if origin and text else text, end="", flush=True)
+
+
+def write_whole(reply, color):
+    write(reply.title)
+    for text, origin in reply.pieces:
+        write(text, color and origin)
+    write("\n")
+
+
+def answer(engine, replies):
+    """Answer a batch: a text alone is streamed, of several each is written when it ends. Ctrl-C ends it early.
+
+    Returns its Stats, and whether it was interrupted.
+    """
+    args, stats, interrupted = engine.args, Stats(), False
+    live = len(replies) == 1 and not args.json
+    try:
+        for reply, text, origin in engine.stream(engine.mode, replies, stats, args.max_new_tokens):
+            if live:
+                write(reply.title if len(reply.ids) == 1 else "")
+                write(text, args.color and origin)
+            elif reply.finish_reason != "interrupted" and not args.json:
+                write_whole(reply, args.color)
+    except KeyboardInterrupt:
+        interrupted = True
+    if live:
+        write("\n")
+    for reply in replies:
+        if args.json:
+            print(json.dumps(record(engine, reply, stats)), flush=True)
+        elif reply.finish_reason == "interrupted" and not live:
+            write_whole(reply, args.color)
+    return stats, interrupted
+
+
+def total(parts):
+    """One Stats for several runs: the sums of what they counted."""
+    names = [name for name, value in vars(Stats()).items() if isinstance(value, (int, float))]
+    return Stats(**{name: sum(getattr(stats, name) for stats in parts) for name in names})
+
+
+def measures(stats):
+    """How speculation went; None for what there was none of: ar tests no token, sd has no cache to look into."""
+    return {"rounds": stats.rounds, "tokens_per_round": stats.tokens_per_round,
+            "acceptance_rate": stats.acceptance_rate if stats.tested else None,
+            "hit_rate": stats.hit_rate if stats.lookups else None,
+            "all_hit_rate": stats.all_hit_rate if stats.lookups else None}
+
+
+def record(engine, reply, stats):
+    """The --json line of a reply. How speculation went is told of its whole batch."""
+    row = {key: value for key, value in reply.row.items() if key != "prompt"}
+    decoding = reply.seconds - stats.prefill_seconds
+    return {**row, "text": reply.text, "token_ids": reply.ids, "prompt_tokens": len(reply.prompt_ids),
+            "mode": engine.mode, "finish_reason": reply.finish_reason, "seconds": reply.seconds,
+            "tokens_per_second": len(reply.ids) / decoding if reply.ids else 0.0,
+            "time_to_first_token": reply.first_token, "peak_memory_bytes": peak_memory(engine.device),
+            **measures(stats)}
+
+
+def peak_memory(device):
+    """High-water mark in bytes: of PyTorch's allocations on a GPU, of this process' resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def closing_line(engine, replies, stats):
+    """tok/s is that of decoding, prefill left out, the sequences of a batch side by side."""
+    first = [reply.first_token for reply in replies if reply.first_token]
+    tokens = sum(len(reply.ids) for reply in replies)       # after Ctrl-C stats may know of some that never came out
+    parts = [f"{tokens} tokens", f"{tokens / max(stats.seconds, 1e-9):.1f} tok/s",
+             f"first token {1000 * sum(first) / max(1, len(first)):.0f} ms",
+             f"peak memory {peak_memory(engine.device) / 1e9:.2f} GB"]
+    if engine.mode != "ar":
+        parts += [f"{stats.tokens_per_round:.2f} tokens/round", f"accepted {stats.acceptance_rate:.0%}"]
+    if engine.mode == "ssd":
+        parts += [f"hits {stats.hit_rate:.0%}, of whole batches {stats.all_hit_rate:.0%}"]
+    print(" | ".join(parts), file=sys.stderr)
+
+
+def answer_all(engine, batches):
+    """Answer one batch after the other. Returns the exit code."""
+    parts, interrupted = [], False
+    for replies in batches:
+        stats, interrupted = answer(engine, replies)
+        parts.append(stats)
+        if interrupted:
+            break
+    closing_line(engine, [reply for replies in batches for reply in replies], total(parts))
+    return 130 if interrupted else 0
+
+
+def chat(engine):
+    """A conversation, a line of stdin a turn, until its end (exit code 0) or Ctrl-C (130)."""
+    tty = sys.stdin.isatty() and sys.stdout.isatty()
+    if tty:
+        import readline     # noqa: F401 (gives input() line editing)
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    messages, interrupted = [], False
+    while not interrupted:
+        try:
+            line = input("> " if tty else "")
+        except EOFError:
+            return 0
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line})
+        while (problem := engine.too_long(engine.encode(messages))) and len(messages) > 1:
+            print("the conversation outgrew the context: its oldest turn is forgotten", file=sys.stderr)
+            del messages[:2]
+        if problem:
+            print(problem, file=sys.stderr)
+            messages.clear()
+            continue
+        reply = Reply(engine.encode(messages))
+        stats, interrupted = answer(engine, [reply])
+        closing_line(engine, [reply], stats)
+        messages.append({"role": "assistant", "content": reply.text})
+    return 130
+
+
+def compare(engine, batches):
+    """The same prompts in all three modes: a table."""
+    columns, expected = ("tok/s", "tokens/round", "accepted", "hits", "batch hits", "same tokens"), None
+    for mode in MODES:
+        for limit in min(WARM_UP_TOKENS, engine.args.max_new_tokens), engine.args.max_new_tokens:
+            parts, ids = [], []
+            for replies in batches:
+                parts.append(Stats())
+                fresh = [Reply(reply.prompt_ids) for reply in replies]
+                for _ in engine.stream(mode, fresh, parts[-1], limit):
+                    pass
+                ids += [reply.ids for reply in fresh]
+        if expected is None:
+            print("mode", *(f"{column:>12}" for column in columns))
+            expected = ids
+        stats = total(parts)
+        rates = [measures(stats)[name] for name in ("acceptance_rate", "hit_rate", "all_hit_rate")]
+        cells = (f"{stats.tokens / stats.seconds:.1f}", f"{stats.tokens_per_round:.2f}",
+                 *("-" if rate is None else f"{rate:.0%}" for rate in rates), "yes" if ids == expected else "no")
+        print(f"{mode:<4}", *(f"{cell:>12}" for cell in cells), flush=True)
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+def run(args):
+    """Check what is cheap to check, load, answer. Returns the exit code."""
+    rows, replies = read_rows(args), []
+    engine = Engine(args)
+    for number, (where, row) in enumerate(rows.items(), 1):
+        try:
+            replies.append(Reply(engine.encode([{"role": "user", "content": row["prompt"]}]), row))
+            if problem := engine.too_long(replies[-1].prompt_ids):
+                raise UserError(problem)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        if len(rows) > 1:
+            replies[-1].title = f"=== {row.get('id', number)} ===\n"
+    if not rows:
+        engine.encode([{"role": "user", "content": "?"}])              # a UserError if there is no template
+    engine.load()
+    if args.mode is None and engine.mode == "ar":
+        print("no --draft, so nothing can speculate: --mode ar", file=sys.stderr)
+    if args.color:
+        print("tokens are", *(f"{tint}{origin}\033[0m" for origin, tint in TINTS.items()), file=sys.stderr)
+    batches = [replies[i:i + args.batch] for i in range(0, len(replies), args.batch)]
+    return compare(engine, batches) if args.compare else answer_all(engine, batches) if rows else chat(engine)
+
+
+def main(argv=None):
+    """The command line, by default the process' own. Returns the exit code, or raises SystemExit(2) for a UserError."""
+    sys.stdout.reconfigure(errors="replace")    # a terminal without Unicode shows ? for what it lacks
+    try:
+        with exit_on_user_error():
+            try:
+                return run(parse_flags(argv))
+            except torch.OutOfMemoryError as error:
+                raise UserError(f"{str(error).splitlines()[0]} Lower --batch or --max-new-tokens.") from None
+    except KeyboardInterrupt:                   # while it loads, compares or waits for a line; `answer` catches its own
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:                     # e.g. `| head`; what is still buffered must not fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

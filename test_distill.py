@@ -1,0 +1,226 @@
+"""distill.py and the recipe of weights/, at toy size on the CPU: python -m pytest test_distill.py"""
+import json
+import os
+import random
+import re
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import bpe
+import bulk
+import distill
+import make_weights
+import templates
+from errors import UserError, exit_on_user_error
+from model import KVCache, Llama, LlamaConfig
+from tokenizer import Tokenizer
+
+CONFIG = LlamaConfig(vocab_size=300, dim=48, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=64, max_context=256,
+                     tie_embeddings=True, eos_ids=(0,), dtype=torch.float32)
+TINY = "--layers 1 --dim 32 --heads 2 --head-dim 16 --ffn 48 --tokens 1600 --max-new 16 --batch 8 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random target with a tokenizer of its own. Sharp logits, so that there is something to learn."""
+    folder = tmp_path_factory.mktemp("target")
+    target = Llama.random(CONFIG, seed=1)
+    target.norm.mul_(0.5)
+    target.save(folder)
+    rng = random.Random(0)
+    bpe.save_tokenizer([" ".join(templates.plot(rng)[2:3]) for _ in range(200)], CONFIG.vocab_size, folder)
+    return folder
+
+
+def openings(path, count, seed=0):
+    rng = random.Random(seed)
+    make_weights.write_prompts(path, [templates.plot(rng)[2] for _ in range(count)])
+    return str(path)
+
+
+def test_dense_forward_is_the_engines_forward(folder):
+    model = Llama.load(folder)
+    tokens = torch.randint(0, 300, (3, 21), generator=torch.Generator().manual_seed(0))
+    cache, positions = KVCache(CONFIG, 3, 32, "cpu", torch.float32), torch.arange(21).expand(3, 21)
+    hidden = model(tokens, positions, positions, torch.zeros(3, dtype=torch.int64),
+                   torch.ones(21, 21, dtype=torch.bool).tril(), cache)
+    dense = bulk.dense_hidden(model, tokens)
+    torch.testing.assert_close(F.linear(dense, model.head), model.logits(hidden), rtol=1e-4, atol=1e-4)
+    cache = KVCache(CONFIG, 3, 32, "cpu", torch.float32)                    # the first 13 at once, then one by one
+    parts = [bulk.dense_hidden(model, tokens[:, :13], cache)]
+    parts += [bulk.dense_hidden(model, tokens[:, t:t + 1], cache, t) for t in range(13, 21)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), dense, rtol=1e-4, atol=1e-4)
+
+
+def test_continuations_are_those_of_one_prompt_alone(folder, monkeypatch):
+    monkeypatch.setattr(bulk, "CHECK_EVERY", 3)                             # rows leave the batch soon and often
+    model, rng = Llama.load(folder), random.Random(3)
+    prompts = [[rng.randrange(300) for _ in range(rng.randrange(1, 12))] for _ in range(11)]
+    stops = set(range(0, 300, 9))
+    rows = bulk.sample_continuations(model, prompts, 15, stop_ids=stops, batch=4)
+    lengths = set()
+    for prompt, row, start, end in zip(prompts, *rows):
+        text = list(prompt)
+        while len(text) < len(prompt) + 15 and (len(text) == len(prompt) or text[-1] not in stops):
+            text.append(int(F.linear(bulk.dense_hidden(model, torch.tensor([text]))[0, -1], model.head).argmax()))
+        assert row[:end].tolist() == text and start == len(prompt)
+        lengths.add(len(text) - len(prompt))
+    assert len(lengths) > 3 and 15 in lengths
+
+
+def test_sampling_follows_the_distribution_and_the_seed(folder):
+    model = Llama.load(folder)
+    prompts = [[5, 7]] * 4000
+    p = F.softmax(F.linear(bulk.dense_hidden(model, torch.tensor([[5, 7]]))[0, -1], model.head) / 0.7, dim=-1)
+    rows = bulk.sample_continuations(model, prompts, 1, 0.7, seed=4, batch=4000)
+    seen = torch.bincount(rows.tokens[:, 2].long(), minlength=300) / 4000
+    assert 4000 * ((seen - p) ** 2 / p).sum() < 420                         # chi-square, 299 degrees: 299 +- 24
+    rows_again = bulk.sample_continuations(model, prompts, 1, 0.7, seed=4, batch=4000)
+    assert torch.equal(rows.tokens, rows_again.tokens)
+    kept = bulk.sample_continuations(model, prompts, 1, 0.7, top_p=0.5, seed=4, batch=4000).tokens[:, 2].unique()
+    order = p.argsort(descending=True)
+    nucleus = set(order[:int((p[order].cumsum(0) < 0.5).sum()) + 1].tolist())
+    assert set(kept.tolist()) <= nucleus and len(kept) > 0.8 * len(nucleus)
+
+
+def test_plots_put_their_cues_where_sentences_end(folder):
+    model, tokenizer = Llama.load(folder), Tokenizer.from_folder(folder)
+    cues = [[tokenizer.encode(" Then Tom came."), tokenizer.encode(" In the end,")]] * 6
+    steer = make_weights.Plots(cues, [2, 3, 4, 5, 6, 7], tokenizer)
+    steer.sentence_end[::2] = True                                          # a random model seldom ends a sentence
+    rows = bulk.sample_continuations(model, [tokenizer.encode("One day, Max")] * 6, 90, 1.0, seed=2, steer=steer)
+    for row, start, end, pace in zip(*rows, steer.pace):
+        text = row[start:end].tolist()
+        at = [next(i for i in range(len(text)) if text[i:i + len(cue)] == cue) for cue in cues[0]]
+        assert at[0] >= pace and at[1] >= at[0] + len(cues[0][0]) + pace    # in order, each after its pace
+        assert steer.sentence_end[text[at[0] - 1]] and steer.sentence_end[text[-1]] and len(text) < 90
+
+
+@pytest.mark.parametrize("n", [None, 40])
+def test_loss_is_the_divergence_from_the_whole_distribution(folder, n):
+    target, rng = Llama.load(folder), random.Random(0)
+    rows = bulk.sample_continuations(target, [[rng.randrange(300) for _ in range(4)] for _ in range(12)], 9, 1.0)
+    d2t = distill.draft_vocabulary(rows, 300, n, [0]) if n else None
+    draft = bulk.new_model(replace(CONFIG, vocab_size=n or 300, target_vocab_size=300 if n else None), 0, "cpu", d2t)
+    teacher, batches = distill.Teacher(target, rows, d2t), distill.Batches(rows, 5, 0)
+    t2d = distill.to_draft_ids(d2t, 300)
+    for step in (0, 1, 2, 3):                                               # computed, then read from what was kept
+        row, tokens, index, ids = batches(step)
+        hidden, lse, top = teacher(row, tokens, index, ids)
+        mapped = tokens if t2d is None else t2d[tokens]
+        loss, metrics = distill.distillation_loss(draft, mapped, index, hidden, lse, top if t2d is None else t2d[top],
+                                                  teacher.head, n is not None, 0.0)
+        kls, agree = [], []
+        for r in row.tolist():
+            text = rows.tokens[r, :rows.end[r]].long()[None]
+            p = F.softmax(F.linear(bulk.dense_hidden(target, text)[0], target.head), dim=-1)[3:-1]
+            q = F.linear(bulk.dense_hidden(draft, text if t2d is None else t2d[text])[0], draft.head)[3:-1].log_softmax(-1)
+            if n:
+                agree.append(d2t[1 + q[:, 1:].argmax(-1)] == p.argmax(-1))
+                p = torch.cat([1 - p[:, d2t[1:]].sum(-1, keepdim=True), p[:, d2t[1:]]], dim=1)
+            else:
+                agree.append(q.argmax(-1) == p.argmax(-1))
+            kls.append((p * (p.log() - q)).sum(-1))
+        torch.testing.assert_close(loss, torch.cat(kls).mean(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(metrics["greedy acceptance"], torch.cat(agree).float().mean())
+
+
+def test_report_plays_the_rounds():
+    #                 K=4: 2 accepted, rejected (rank 3 = 3rd of the others) | 4 accepted, bonus first | 0 accepted, rank 1
+    ranks = [[0, 0, 3] + [0, 0, 0, 0, 0] + [1] + [0] * 4]
+    result = distill.report(ranks, lookaheads=(4,))
+    assert result["greedy_acceptance"] == 11 / 13
+    assert result["K=4"]["accepted"] == (2 + 4 + 0) / 3
+    assert result["K=4"]["bonus_recall"] == {"F=1": 2 / 3, "F=2": 2 / 3, "F=4": 1.0, "F=8": 1.0}
+
+
+def test_distilling_learns_and_transformers_opens_it(folder, tmp_path):
+    prompts = openings(tmp_path / "prompts.jsonl", 120)
+    distill.main(["--target", str(folder), "--out", str(tmp_path / "draft"), "--prompts", prompts, "--steps", "120", "--lr",
+                  "1e-2", *TINY, "--ce", "0.5", "--report", str(tmp_path / "report.json")])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["training"]["greedy acceptance"] > 0.2                    # a guess is right one time in 300
+    assert 0 < report["all"]["greedy_acceptance"] <= 1 and report["all"]["K=4"]["accepted"] > 0
+    assert Tokenizer.from_folder(tmp_path / "draft").encode("One day") == Tokenizer.from_folder(folder).encode("One day")
+    transformers = pytest.importorskip("transformers")
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "draft", dtype=torch.float32)
+    ours, tokens = Llama.load(tmp_path / "draft"), torch.arange(20)[None] * 7
+    torch.testing.assert_close(hf(tokens).logits, F.linear(bulk.dense_hidden(ours, tokens), ours.head), rtol=1e-3, atol=1e-3)
+
+
+def test_interrupted_and_resumed_is_the_same_as_in_one_go(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bulk, "LOG_EVERY", 1)
+    curve = lambda text: re.findall(r"step \d+: loss [\d.]+", text)
+    command = lambda name, *more: distill.main(["--target", str(folder), "--out", str(tmp_path / name), "--steps", "14",
+                                                "--draft-vocab", "64", *TINY, *more])
+    command("whole")                                                        # prompts of its own: free sampling
+    whole_curve = curve(capsys.readouterr().out)
+    usual, calls = distill.distillation_loss, []
+
+    def interrupt(*args):
+        calls.append(1)
+        if len(calls) == 8:                                                 # the first call warms up
+            os.kill(os.getpid(), signal.SIGINT)
+        return usual(*args)
+    monkeypatch.setattr(distill, "distillation_loss", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        command("parts")
+    first = capsys.readouterr()
+    assert stop.value.code == 130 and "--resume" in first.err
+    command("parts", "--resume")
+    second = capsys.readouterr().out
+    assert "resumed at step 7" in second
+    assert curve(first.out) + curve(second) == whole_curve and len(whole_curve) == 14
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.allclose(whole[name], parts[name], atol=1e-6) for name in whole)
+    draft = Llama.load(tmp_path / "parts")
+    assert draft.d2t.shape == (64,) and draft.d2t[0] == -1 and draft.d2t[1:].diff().min() > 0 and 0 in draft.d2t
+    assert not (tmp_path / "parts" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("change, message", [
+    (["--target", "nowhere"], "nowhere"),
+    (["--out", "/proc/nowhere/draft"], "can't write"),
+    (["--draft-vocab", "3"], "--draft-vocab 3"),
+    (["--draft-vocab", "3000"], "--draft-vocab 3000"),
+    (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["--prompts", __file__], 'expected {"prompt": text} a line'),
+    (["--max-new", "4000"], "too few"),
+])
+def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys, change, message):
+    command = ["--target", str(folder), "--out", str(tmp_path / "draft"), "--prompts",
+               openings(tmp_path / "prompts.jsonl", 80), *TINY, *change]
+    with pytest.raises(SystemExit) as stop, exit_on_user_error():
+        distill.main(command)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and message in err and err.count("\n") == 1
+
+
+def test_cleaning():
+    body = ("He ran to the lake and saw a duck. The duck had a red ball. Tim asked if they could play with it, and soon they "
+            "threw it over the water until the sun was low. His mother called him for supper. He waved to his new friend, "
+            "promised to come back the next day, and walked home along the small path with a big smile.")
+    good = "Once there was a fox named Tim. " + body
+    assert make_weights.clean(good.replace("'", "\u2019") + " And then he") == good
+    assert make_weights.clean(good.replace("ran to", "said, \u201cHello\u201d to")).count('"') == 2
+    for bad in (good + " The **End**.", good + " This story is about a fox.", good + " He ran to the lake and saw a duck.",
+                good + " caf\u00e9.", good[:90], good + " very very."):
+        assert make_weights.clean(bad) is None, bad
+
+
+def test_own_tokenizer_is_one_that_tokenizers_reads(folder):
+    ours, text = Tokenizer.from_folder(folder), "Once upon a time, Lily's fox ran 12 miles!\n\nQuestion: Why?"
+    assert ours.decode(ours.encode(text)) == text and ours.eos_ids == (0,) and ours.bos_id is None
+    assert len(ours.encode("Once there was a little fox named Tim")) < 25
+    tokenizers = pytest.importorskip("tokenizers")
+    assert tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids == ours.encode(text)
+
+
+def test_unknown_user_error_is_not_swallowed(folder):
+    with pytest.raises(UserError, match="context"):
+        bulk.sample_continuations(Llama.load(folder), [[1] * 250], 10)

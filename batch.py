@@ -1,4 +1,5 @@
 """Options, measurements and the bookkeeping of a batch: what the loops of saguaro.py need and the algorithm doesn't."""
+import itertools
 import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -31,7 +32,6 @@ class Options:
         nodes = widths if isinstance(widths, int) else nodes if widths else self.k
         for bad, message in (
             (self.k < 1, f"--k (the lookahead K) must be at least 1, got {self.k}"),
-            (self.tree is not None and nodes < 1, f"a tree needs at least 1 node, got '{self.tree}'"),
             (nodes > MAX_NODES, f"the speculation (--k or --tree) has {nodes} tokens; at most {MAX_NODES} are supported"),
             (not 1 <= self.fanout_budget <= MAX_BUDGET,
              f"--fanout-budget must lie in 1..{MAX_BUDGET}, got {self.fanout_budget}"),
@@ -89,10 +89,33 @@ class Stats:
                  "all_hit_rate", "forwards_per_round")
         return {name: getattr(self, name) for name in names}
 
+    @staticmethod
+    def add(table, key, amount):
+        """Count one more `key`, and its amount."""
+        count, total = table.get(key, (0, 0))
+        table[key] = [count + 1, total + amount]
+
+    def count_choices(self, tree, path, guesses, branch_choice):
+        """Which choice of the draft the target took after each node of an accepted path.
+
+        A node shows its children and, in SSD, the guesses behind them (guesses[node] of them); branch_choice: which
+        guess the bonus token was, if it was any.
+        """
+        for node, child in zip(path, path[1:] + [None]):
+            taken = tree.ranks[child] if child is not None else \
+                None if branch_choice is None else tree.n_children[node] + branch_choice
+            for r in range(min(tree.n_children[node] + guesses[node], len(self.choices))):
+                self.choices[r][0] += 1
+                self.choices[r][1] += r == taken
+
     def rank_acceptance(self):
-        """Chance that the target takes the draft's 1st, 2nd, ... choice; a prior worth 16 looks stands in at first."""
+        """Chance that the target takes the draft's 1st, 2nd, ... choice; a prior worth 16 looks stands in at first.
+
+        Never increasing: a later choice that did better by chance counts as its predecessor.
+        """
         prior = [0.7] + [0.1 / r ** 1.5 for r in range(1, len(self.choices))]
-        return [(taken + 16 * p) / (seen + 16) for (seen, taken), p in zip(self.choices, prior)]
+        rates = ((taken + 16 * p) / (seen + 16) for (seen, taken), p in zip(self.choices, prior))
+        return list(itertools.accumulate(rates, min))
 
     def stop_probability(self, tree):
         """P(node) as measured; the rank model, worth 16 rounds, stands in for what hasn't been seen."""
@@ -143,7 +166,7 @@ class Batch:
     def prefilled(self):
         now = time.perf_counter()
         self.stats.prefill_seconds += now - self.started
-        self.started = self.round_started = now
+        self.finished = self.round_started = now
 
     def finish_round(self, tree, spec, verdict, drafter=None, hit=None, branch=None):
         """Read the outcome back (the one host sync of a round), count it, and cut the text to what is wanted.
@@ -151,44 +174,38 @@ class Batch:
         drafter, hit [B], branch [B]: in SSD, what the lookup found. Returns (chunks, rows that go on, whether each of
         them hit).
         """
-        stats = self.stats
+        stats, D = self.stats, tree.depth
         tokens = spec.tokens.gather(1, verdict.path)[:, 1:]                                         # [B, D]
         offered = ((tree.parent == verdict.path[:, -1:]) & (spec.tokens >= 0)).any(1)               # could it reject?
-        columns = [verdict.length, verdict.bonus, offered] + ([] if hit is None else [hit, branch])
+        nothing = torch.zeros_like(verdict.length)
+        columns = [verdict.length, verdict.bonus, offered, nothing if hit is None else hit,
+                   nothing if branch is None else branch]
         table = torch.cat([tokens, verdict.path, torch.stack([c.long() for c in columns], 1)], 1).tolist()
-        chunks, rows, hits, D = [], [], [], tree.depth
-        for row, (sequence, line) in enumerate(zip(self.live, table)):
-            path, (k, bonus, tested), lookup = line[D:2 * D + 1], line[2 * D + 1:2 * D + 4], line[2 * D + 4:]
-            new, node = line[:k] + [bonus], path[k]
+        chunks, rows, hits = [], [], []
+        for row, (sequence, source, line) in enumerate(zip(self.live, self.sources, table)):
+            drafted, path, (k, bonus, rejected_one, found, found_branch) = line[:D], line[D:2 * D + 1], line[2 * D + 1:]
+            new, node = drafted[:k] + [bonus], path[k]
             cut = next((j + 1 for j, token in enumerate(new) if token in self.stop_ids), len(new))
             cut = min(cut, self.left[row])
             self.left[row] = 0 if new[cut - 1] in self.stop_ids else self.left[row] - cut
-            source, found = self.sources[row], bool(lookup and lookup[0])
             origin = "accepted-hit" if source == "hit" else "accepted-miss"
             chunks.append(Chunk(sequence, new[:cut], ([origin] * k + ["bonus"])[:cut]))
-            if self.left[row]:
+            goes_on = self.left[row] > 0
+            if goes_on:
                 rows.append(row)
-                hits.append(found)
-
+                hits.append(bool(found))
             stats.tokens += cut
             stats.accepted += k
-            stats.tested += k + tested
+            stats.tested += k + rejected_one
             stats.stops[node] = stats.stops.get(node, 0) + 1
-            stats.sources[source] = [a + b for a, b in zip(stats.sources.get(source, [0, 0]), (1, k + 1))]
-            for at, choice in zip(path, [tree.ranks[n] for n in path[1:k + 1]] + [None]):
-                seen = tree.n_children[at]
-                if drafter is not None and at == node:      # the guesses behind the children were looked at as well
-                    seen += drafter.counts[node]
-                    choice = tree.n_children[node] + drafter.branch_choice[lookup[1]] if found else None
-                for r in range(min(seen, len(stats.choices))):
-                    stats.choices[r][0] += 1
-                    stats.choices[r][1] += r == choice
-            if drafter is not None and self.left[row]:
-                fan = stats.misses.setdefault(drafter.counts[node], [0, 0])
-                fan[0], fan[1] = fan[0] + 1, fan[1] + (not found)
-            if stats.trace is not None:
+            stats.add(stats.sources, source, k + 1)
+            guesses = [0] * tree.size if drafter is None else drafter.counts
+            stats.count_choices(tree, path[:k + 1], guesses, drafter.branch_choice[found_branch] if found else None)
+            if drafter is not None and goes_on:
+                stats.add(stats.misses, guesses[node], not found)
+            if stats.trace is not None:         # `accepted` is what was verified, `tokens` what was given out of it
                 stats.trace.append(dict(round=stats.rounds, sequence=sequence, source=source, accepted=k, node=node,
-                                        tested=k + tested, tokens=new[:cut], lookup=found if self.left[row] else None))
+                                        tested=k + rejected_one, tokens=new[:cut], lookup=bool(found) if goes_on else None))
         stats.rounds += 1
         stats.sequence_rounds += len(table)
         if drafter is not None:
@@ -196,16 +213,16 @@ class Batch:
             stats.hits += sum(hits)
             stats.batch_lookups += bool(hits)
             stats.batch_hits += bool(hits) and all(hits)
-            stats.draft_forwards = drafter.forwards
-        stats.seconds = time.perf_counter() - self.started
+        now = time.perf_counter()
+        stats.seconds += now - self.finished
+        self.finished = now
         return chunks, rows, hits
 
     def start_round(self, hits, backup):
         """Note where the speculations of the coming round come from, and how long the last one took."""
         now = time.perf_counter()
         self.sources = ["hit" if hit else backup for hit in hits]
-        wait = self.stats.waits.setdefault("hit" if all(hits) else backup, [0, 0.0])
-        wait[0], wait[1] = wait[0] + 1, wait[1] + now - self.round_started
+        self.stats.add(self.stats.waits, "hit" if all(hits) else backup, now - self.round_started)
         self.round_started = now
 
     def drop_finished(self, rows, *parts):

@@ -1,4 +1,4 @@
-"""Test options: `pytest` is the CPU tier (and the GPU tier where CUDA is), `pytest --slow` adds the long comparisons."""
+"""`pytest` runs the CPU tier, and the GPU tier where CUDA is; `pytest --slow` adds the long comparisons."""
 import os
 
 import pytest
@@ -19,5 +19,5 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if "slow" in item.keywords and not config.getoption("--slow"):
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow; run pytest --slow"))

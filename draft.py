@@ -108,12 +108,12 @@ class Level:
 class Drafter:
     """The draft model with its KV cache for B sequences, drafting speculations over a fixed tree."""
 
-    def __init__(self, model, prompts, tree, fan_out, sampler, options, room):
+    def __init__(self, model, prompts, tree, fan_out, sampler, options, room, stats):
         """fan_out: F_node for each node of the tree, or None where only speculations are wanted (SD).
 
         room: cache slots for prompt, new tokens and speculation.
         """
-        self.model, self.sampler, self.options = model, sampler, options
+        self.model, self.sampler, self.options, self.stats = model, sampler, options, stats
         self.residual = options.accept == "residual" and not sampler.greedy
         self.graphs = Graphs(getattr(model, "graphs", False))
         history = torch.zeros(len(prompts), room, dtype=torch.int64)
@@ -127,7 +127,6 @@ class Drafter:
         self.cache = KVCache(model.config, len(prompts), room, model.device, model.dtype)
         self.prefix_len = prefill(model, self.cache, prompts)               # [B]
         self.history = history.to(model.device)                             # [B, room] the text so far, target ids
-        self.forwards = 0
         self.plan(tree, fan_out)
 
     def plan(self, tree, fan_out):
@@ -262,7 +261,7 @@ class Drafter:
 
     def speculate(self, root, previous=None, known=None):
         """Draft a speculation just in time. root [B]; previous, known: see `draft`. Returns a Speculation."""
-        self.forwards += self.tree.depth
+        self.stats.draft_forwards += self.tree.depth
         return self.graphs(self._speculate, root, previous, known)
 
     def _speculate(self, root, previous, known):
@@ -275,7 +274,7 @@ class Drafter:
         be guessed too. glue: feed every node instead, because some speculation wasn't drafted by this model.
         Returns a SpeculationCache.
         """
-        self.forwards += self.tree.depth + 1
+        self.stats.draft_forwards += self.tree.depth + 1
         return self.graphs(self._precompute, spec, glue)
 
     def _precompute(self, spec, glue):
@@ -296,7 +295,8 @@ class Drafter:
     def switch(self, spec, verdict, cache):
         """Look the outcome up; commit the accepted path and, on a hit, the branch as the new trunk: one move of KV rows.
 
-        Returns hit [B] bool, branch [B] and the Speculation that the branch holds (anything for those that missed).
+        Returns hit [B] bool, branch [B] and the Speculation that the branch holds (anything for those that missed). As a
+        graph it may write that over `spec`, if spec is its last result.
         """
         return self.graphs(self._switch, spec.tokens, verdict, cache)
 
@@ -324,7 +324,7 @@ class Drafter:
         backup: "neural" drafts it with the model, D forwards that everybody waits for; "fast" looks the last tokens up
         in the text so far and proposes what followed there, or nothing.
         """
-        self.forwards += self.tree.depth if backup == "neural" else 0
+        self.stats.draft_forwards += self.tree.depth if backup == "neural" else 0
         return self.graphs(self._fall_back, backup, spec, root, hit)
 
     def _fall_back(self, backup, spec, root, hit):

@@ -6,37 +6,36 @@ from torch.utils import _pytree as pytree
 class Graphs:
     """Calls functions of tensors, by CUDA graph where `on`.
 
-    A function may read and write tensors that it owns (KV cache, prefix lengths) in place; its arguments (tensors, or
-    tuples of them) are copied to fixed addresses before each replay, its results are at fixed addresses and hold until
-    the next call. One object serves one stream: its graphs share their memory.
+    A function may read and write tensors that its owner keeps (KV cache, prefix lengths) in place. Its arguments
+    (tensors, or tuples of them) are copied to fixed addresses before each replay; its results stand at fixed addresses
+    and hold until the same function is called again. Every graph has memory of its own: in a shared pool the scratch
+    space of one would lie over the results of another.
     """
 
     def __init__(self, on):
-        self.on, self.recorded, self.pool = on, {}, None
+        self.on, self.recorded = on, {}
 
     def clear(self):
-        """Forget all graphs: what they own has moved."""
+        """Forget all graphs: what their functions keep has moved."""
         self.recorded = {}
 
     def __call__(self, f, *args):
         if not self.on:
             return f(*args)
         leaves, structure = pytree.tree_flatten(args)
-        tensors = [x for x in leaves if torch.is_tensor(x)]
         key = (f.__func__, *(tuple(x.shape) if torch.is_tensor(x) else x for x in leaves))
         if key not in self.recorded:            # the first time as it is: that compiles the kernels
             self.recorded[key] = None
             return f(*args)
         if self.recorded[key] is None:
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
             static = [x.clone() if torch.is_tensor(x) else x for x in leaves]
             graph = torch.cuda.CUDAGraph()
-            torch.cuda.synchronize()
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 results = f(*pytree.tree_unflatten(static, structure))
-            self.recorded[key] = graph, [x for x in static if torch.is_tensor(x)], results
+            self.recorded[key] = graph, static, results
         graph, static, results = self.recorded[key]
-        for fixed, x in zip(static, tensors):
-            fixed.copy_(x)
+        for fixed, x in zip(static, leaves):
+            if torch.is_tensor(x):
+                fixed.copy_(x)
         graph.replay()
         return results

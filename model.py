@@ -14,6 +14,7 @@ References:
 """
 import json
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,28 +77,39 @@ class LlamaConfig:
             raise UserError(f"{path}: architecture is {found}, only LlamaForCausalLM (model_type llama) is supported")
         if hf.get("attention_bias") or hf.get("mlp_bias") or hf.get("hidden_act", "silu") != "silu":
             raise UserError(f"{path}: biases or hidden_act other than silu are not supported")
-        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})          # transformers 5 | 4
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}                # transformers 5 | 4
+        if not isinstance(rope, dict):
+            raise UserError(f"{path}: the RoPE parameters are {rope!r}; expected a JSON object")
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in ("default", "llama3"):
             raise UserError(f"{path}: RoPE scaling '{kind}' is not supported, only 'default' and 'llama3'")
         generation = folder / "generation_config.json"
         eos = (read_json(generation) if generation.exists() else {}).get("eos_token_id", hf.get("eos_token_id"))
+
+        def size(key, default=None):
+            value = default if hf.get(key) is None else hf[key]
+            if type(value) is not int or not 0 < value < 2**31:
+                raise ValueError(f"{key} is {value!r}, expected a positive integer")
+            return value
+
         try:
+            dim, n_heads = size("hidden_size"), size("num_attention_heads")
+            n_kv_heads, head_dim = size("num_key_value_heads", n_heads), size("head_dim", dim // n_heads)
+            if n_heads % n_kv_heads or head_dim % 2:
+                raise ValueError(f"{n_heads} heads of size {head_dim} over {n_kv_heads} KV heads")
             return cls(
-                vocab_size=hf["vocab_size"], dim=hf["hidden_size"], n_layers=hf["num_hidden_layers"],
-                n_heads=hf["num_attention_heads"], ffn_dim=hf["intermediate_size"],
-                n_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
-                head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-                norm_eps=hf.get("rms_norm_eps", 1e-6),
+                vocab_size=size("vocab_size"), dim=dim, n_layers=size("num_hidden_layers"), n_heads=n_heads,
+                ffn_dim=size("intermediate_size"), n_kv_heads=n_kv_heads, head_dim=head_dim,
+                norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
                 rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
                 rope_scaling={k: rope[k] for k in ("factor", "low_freq_factor", "high_freq_factor",
                                                    "original_max_position_embeddings")} if kind == "llama3" else None,
-                max_context=hf.get("max_position_embeddings", 2048),
+                max_context=size("max_position_embeddings", 2048),
                 tie_embeddings=hf.get("tie_word_embeddings", False), bos_id=hf.get("bos_token_id"),
                 eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
                 dtype=DTYPES[hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"],
                 target_vocab_size=hf.get("saguaro_target_vocab_size"))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path}: missing or broken value ({error!r}); expected a Llama config.json") from None
 
     def to_hf(self):
@@ -190,6 +202,9 @@ class Llama(nn.Module):
         # How it runs: on a GPU with Triton kernels inside CUDA graphs, elsewhere as plain torch.
         self.graphs = torch.device(device or "cpu").type == "cuda"
         self.ops = kernels.TRITON if self.graphs else kernels.TORCH
+        if self.graphs and c.head_dim & (c.head_dim - 1):
+            warnings.warn(f"head_dim {c.head_dim} is no power of two: plain torch instead of the Triton kernels")
+            self.ops = kernels.TORCH
         self.register_buffer("freqs", rope_frequencies(c).to(device), persistent=False)
         # A trimmed draft's id -> target id; draft id 0 stands for every token it doesn't know and maps to -1.
         trimmed = c.target_vocab_size is not None
@@ -270,6 +285,9 @@ class Llama(nn.Module):
             if tensor.shape != view.shape:
                 raise UserError(f"{folder}: tensor {name} has shape {list(tensor.shape)}, "
                                 f"config.json asks for {list(view.shape)}")
+            if tensor.dtype != view.dtype and tensor.dtype not in DTYPES.values():      # quantised: the scales are elsewhere
+                raise UserError(f"{folder}: tensor {name} is {str(tensor.dtype).removeprefix('torch.')}; expected one of "
+                                f"{', '.join(DTYPES)}: use the checkpoint that isn't quantised")
             view.copy_(tensor)
             done += view.numel() * view.element_size()
             if progress:
@@ -305,7 +323,7 @@ def checkpoint_files(folder):
     index = folder / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise UserError(f"{index}: no weight_map; expected tensor name -> shard file")
         names = sorted(set(weight_map.values()))
     else:

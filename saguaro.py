@@ -75,11 +75,12 @@ def accept_residual(tokens, tree, p, q, coins, noise):
     node = torch.zeros_like(batch)
     path, length, left = [node], torch.zeros_like(node), p[:, 0]
     for d in range(tree.depth):
-        here, moved, q_node = node, torch.zeros_like(node, dtype=torch.bool), q[batch, node]
+        alive = length == d                                                 # not yet stopped by a rejection
+        here, moved, q_node = node, torch.zeros_like(alive), q[batch, node]
         for rank in range(tree.children.shape[1]):
             child = tree.children[here, rank]                               # [B], -1 where there is none
             x = tokens[batch, child.clamp(min=0)]
-            tested = (child >= 0) & (x >= 0) & ~moved
+            tested = alive & ~moved & (child >= 0) & (x >= 0)
             x = x.clamp(min=0)
             accepted = tested & (coins[:, d, rank] * q_node[batch, x] < left[batch, x])     # never takes p(x) = 0
             rejected = (tested & ~accepted)[:, None]
@@ -126,8 +127,11 @@ def critical_batch(p, e_hit, e_slow, e_fast, t_slow, t_fast):
 # ---------------------------------------------------------------------------------------------------------------------
 # Choices that follow from what has been measured
 
-def make_plan(options, stats, vocab_size, device):
-    """The token tree and the fan-out of its nodes, by what has been measured so far: (Tree, list of M+1 ints)."""
+def make_plan(options, stats, vocab_size, device, old=None):
+    """The token tree and the fan-out of its nodes, by what has been measured so far: (Tree, list of M+1 ints).
+
+    old: the tree in use, which is given back if nothing about it changes.
+    """
     widths, accept = options.widths(), stats.rank_acceptance()
     if widths is None:
         tree = Tree.chain(options.k, device)
@@ -135,6 +139,8 @@ def make_plan(options, stats, vocab_size, device):
         tree = Tree.best(widths, accept, options.k, device)
     else:
         tree = Tree.from_widths(widths, device)
+    if old is not None and old.parents == tree.parents:
+        tree = old
     if options.fanout == "uniform":
         stop, r = [1.0] * tree.size, 0.0
     else:
@@ -276,7 +282,7 @@ def sd(target_model, draft_model, prompts, max_new_tokens, sampling, options, st
     tree, _ = make_plan(options, batch.stats, draft_model.config.vocab_size, target_model.device)
     room = batch.length + tree.depth + tree.size
     target = Target(target_model, prompts, batch.sampler, room, options.accept == "residual")
-    drafter = Drafter(draft_model, prompts, tree, None, batch.sampler, options, room)
+    drafter = Drafter(draft_model, prompts, tree, None, batch.sampler, options, room, batch.stats)
     root, previous = batch.root, None
     batch.prefilled()
     while True:
@@ -284,7 +290,6 @@ def sd(target_model, draft_model, prompts, max_new_tokens, sampling, options, st
         verdict = target.verify(spec, tree)
         drafter.commit(spec, verdict)
         chunks, rows, _ = batch.finish_round(tree, spec, verdict)
-        batch.stats.draft_forwards = drafter.forwards
         yield chunks
         if not rows:
             return
@@ -293,7 +298,7 @@ def sd(target_model, draft_model, prompts, max_new_tokens, sampling, options, st
             batch.drop_finished(rows, target, drafter)
             root, previous = root[rows], previous[rows]
         if isinstance(options.widths(), int) and time_to_replan(options, batch.stats):
-            tree, _ = make_plan(options, batch.stats, draft_model.config.vocab_size, target_model.device)
+            tree, _ = make_plan(options, batch.stats, draft_model.config.vocab_size, target_model.device, tree)
             batch.stats.stops.clear()
             drafter.plan(tree, None)
 
@@ -306,15 +311,16 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
     tree, fan = make_plan(options, batch.stats, draft_model.config.vocab_size, target_model.device)
     room = batch.length + options.k + 1 + (tree.size + 1) * (options.fanout_budget + 1)
     target = Target(target_model, prompts, batch.sampler, room, options.accept == "residual")
-    drafter = Drafter(draft_model, prompts, tree, fan, batch.sampler, options, room)
+    drafter = Drafter(draft_model, prompts, tree, fan, batch.sampler, options, room, batch.stats)
     batch.prefilled()
     spec, glue = drafter.speculate(batch.root), False           # round 1: the speculation cache is empty
     with Beside(target_model.device) as beside:
         while True:
             drafted = beside.start(drafter.precompute, spec, glue)      # guess the outcomes, draft for each of them ...
             verdict = target.verify(spec, tree)                         # ... while the target verifies
+            verified = spec._replace(tokens=spec.tokens.clone())        # `switch` may write over spec
             hit, branch, drafted_next = drafter.switch(spec, verdict, drafted())
-            chunks, rows, hits = batch.finish_round(tree, spec, verdict, drafter, hit, branch)
+            chunks, rows, hits = batch.finish_round(tree, verified, verdict, drafter, hit, branch)
             yield chunks
             if not rows:
                 return
@@ -324,7 +330,7 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
                 spec, root, hit = spec.map(lambda x: x[rows]), root[rows], hit[rows]
             backup = choose_backup(options, batch.stats, len(rows))
             if time_to_replan(options, batch.stats):          # what was drafted for the old plan is void
-                tree, fan = make_plan(options, batch.stats, draft_model.config.vocab_size, target_model.device)
+                tree, fan = make_plan(options, batch.stats, draft_model.config.vocab_size, target_model.device, tree)
                 drafter.plan(tree, fan)
                 batch.stats.stops.clear()
                 spec, hits, backup = drafter.speculate(root), [False] * len(rows), "neural"

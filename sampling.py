@@ -17,14 +17,18 @@ class Sampling:
 
 
 def filter_logits(logits, top_k, top_p):
-    """Keep the top_k largest logits and of those the smallest set with mass >= top_p; the others become -inf."""
+    """Keep the top_k largest logits and of those the smallest set with mass >= top_p; the others become -inf.
+
+    Logits that tie with the last one kept are kept too, so that nothing depends on the order of a sort.
+    """
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
     if top_p < 1:
-        values, order = logits.sort(dim=-1, descending=True)
+        values = logits.sort(dim=-1, descending=True).values
         probs = values.softmax(-1)
         drop = probs.cumsum(-1) - probs >= top_p                    # mass before the token: the first is always kept
-        logits = logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+        last = values.masked_fill(drop, torch.inf).min(-1, keepdim=True).values
+        logits = logits.masked_fill(logits < last, -torch.inf)
     return logits
 
 

@@ -118,7 +118,7 @@ def best(hidden, w, n, temperature, seeds, stream, positions, ids=None):
     indices = torch.empty(launch.M, blocks * n, device=hidden.device, dtype=torch.int32)
     out = torch.empty(*hidden.shape[:-1], n, device=hidden.device, dtype=torch.int64)
     best_kernel[launch.grid(blocks)](
-        hidden, launch.weight, launch.scale, seeds, positions, w if ids is None else ids, values, indices,
+        hidden, launch.weight, launch.scale, seeds, positions.contiguous(), w if ids is None else ids, values, indices,
         temperature or 1.0, stream, launch.M, hidden.shape[1], launch.N, launch.K, launch.BM, launch.BN, launch.BK, n,
         temperature > 0, ids is not None, launch.INT8, **launch.options)
     pick_kernel[(launch.M,)](values, indices, out, blocks * n, n, triton.next_power_of_2(blocks * n),

@@ -259,7 +259,7 @@ def qkv_rope(x, sums, norm, eps, w, cos, sin, slots, k_cache, v_cache):
     assert k_cache.stride() == v_cache.stride() and k_cache.stride()[2:] == (D, 1)
     q = torch.empty(B, T, H, D, device=x.device, dtype=x.dtype)
     qkv_kernel[launch.grid(launch.N // launch.BN)](
-        x, sums, norm, eps, launch.weight, launch.scale, cos, sin, slots, q, k_cache, v_cache, launch.M, T, H, KV,
-        k_cache.stride(0), k_cache.stride(1), launch.K, D, launch.BM, launch.BN, launch.BK, launch.INT8,
+        x, sums, norm, eps, launch.weight, launch.scale, cos, sin, slots.contiguous(), q, k_cache, v_cache, launch.M, T, H,
+        KV, k_cache.stride(0), k_cache.stride(1), launch.K, D, launch.BM, launch.BN, launch.BK, launch.INT8,
         **launch.options)
     return q

@@ -24,8 +24,8 @@ from kernels.launch import MAX_ROWS, launch_options, pdl, wait_for_inputs
 
 ROWS = 16               # (token, head) rows a tile: the narrowest operand of a tensor core product
 BLOCK = 64              # positions a block
-WARPS, STAGES = 4, 1    # STAGES 1: the loop over tokens must not be software-pipelined
-LONGEST = 64            # most speculative slots that one token can see, itself included
+WARPS = 2               # two, so that the products are mma.sync: as wgmma, Triton 3.6 gets this kernel wrong
+LONGEST = 2 * MAX_ROWS + 2      # most speculative slots that one token can see, itself included
 
 
 class Ancestors(NamedTuple):
@@ -62,7 +62,8 @@ def tree_attention_ref(q, k, v, visible):
     KV, end = k.shape[1], visible.shape[-1]
     G = H // KV
     q = q.view(B, T, KV, G, D).permute(0, 2, 3, 1, 4).reshape(B, KV, G * T, D)
-    out = F.scaled_dot_product_attention(q, k[:, :, :end], v[:, :, :end], attn_mask=visible.repeat(1, 1, G, 1))
+    visible = visible if T == 1 else visible.repeat(1, 1, G, 1)
+    out = F.scaled_dot_product_attention(q, k[:, :, :end], v[:, :, :end], attn_mask=visible)
     return out.view(B, KV, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
@@ -198,6 +199,6 @@ def tree_attention(q, k, v, view):
     assert B * KV * tiles <= view.arrivals.numel()
     tree_attention_kernel[(view.splits, tiles, B * KV)](
         q, k, v, view.prefix_len, view.ancestors.slots, view.ancestors.count, out, part, stat, view.arrivals, T, view.ancestors.slots.shape[1], k.stride(0),
-        k.stride(1), D ** -0.5 * 1.4426950408889634, KV, H // KV, D, BLOCK, ROWS, PDL=pdl(device), num_warps=WARPS, num_stages=STAGES,
+        k.stride(1), D ** -0.5 * 1.4426950408889634, KV, H // KV, D, BLOCK, ROWS, PDL=pdl(device), num_warps=WARPS,
         **launch_options(device))
     return out

@@ -1,0 +1,754 @@
+"""
+The engine against itself and the paper's maths: ar == sd == ssd token for token, the stats, bad and odd requests.
+
+That `residual` is lossless in distribution is tested in test_tables.py.
+"""
+import dataclasses
+import functools
+import itertools
+import math
+import random
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+import draft as draft_side
+import saguaro
+from batch import MAX_BUDGET, MAX_NODES
+from draft import Drafter, SpeculationCache, prompt_lookup, saguaro_probs
+from errors import UserError
+from graphs import Graphs
+from model import KVCache, Llama, LlamaConfig, prefill
+from sampling import Sampler, Sampling
+from saguaro import Options, Stats, Target, critical_batch, expected_speedup, fan_out
+from tree import Tree
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROOT = Path(__file__).resolve().parent
+CONTEXT = 72
+CONFIG = LlamaConfig(vocab_size=67, dim=64, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=96,
+                     max_context=CONTEXT, dtype=torch.float32)
+TIE = 1e-4                  # two logits this close may swap places when the width of a matmul changes the rounding
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+@functools.cache
+def tiny(seed, config=CONFIG):
+    """Random weights with a sharp head: confident like a language model, with near ties now and then."""
+    model = Llama.random(config, seed, DEVICE)
+    model.head.mul_(4)
+    return model
+
+
+@functools.cache
+def perturbed(eps=0.07):
+    """tiny(0) with a little of tiny(1) mixed into its weights: agrees with it about seven times in ten."""
+    model = Llama(CONFIG, DEVICE)
+    for weight, ours, noise in zip(model.parameters(), tiny(0).parameters(), tiny(1).parameters()):
+        weight.copy_(ours if ours.dim() == 1 else (1 - eps ** 2) ** 0.5 * ours + eps * noise)
+    return model
+
+
+@functools.cache
+def trimmed():
+    """perturbed() with 44 of the 67 tokens, in another order; its id 0 stands for all the others."""
+    kept = torch.randperm(CONFIG.vocab_size, generator=torch.Generator().manual_seed(2))[:44].to(DEVICE)
+    model = Llama(dataclasses.replace(CONFIG, vocab_size=45, target_vocab_size=CONFIG.vocab_size), DEVICE)
+    rows = torch.cat([kept[:1], kept])
+    for (name, weight), (_, whole) in zip(model.named_parameters(), perturbed().named_parameters()):
+        weight.copy_(whole[rows] if name in ("embed", "head") else whole)
+    model.d2t[1:] = kept
+    return model
+
+
+@functools.cache
+def from_folders(target, draft):
+    for folder in (target, draft):
+        if not (ROOT / folder / "model.safetensors").exists():
+            pytest.skip(f"{folder} isn't there")
+    return tuple(Llama.load(ROOT / folder, DEVICE, torch.float32) for folder in (target, draft))
+
+
+PAIRS = {
+    "perturbed": lambda: (tiny(0), perturbed()),
+    "same": lambda: (tiny(0), tiny(0)),
+    "random": lambda: (tiny(0), tiny(3)),
+    "trimmed": lambda: (tiny(0), trimmed()),
+    "embedded": lambda: from_folders("weights/target", "weights/draft"),
+    "smollm2": lambda: from_folders("checkpoints/smollm2", "weights/smollm2-draft"),
+}
+
+
+def run(loop, models, prompts, new, sampling=Sampling(), options=None, **more):
+    """Run a loop to its end. Returns (texts, Stats with a trace, chunks round by round)."""
+    stats, texts, rounds = Stats(trace=[]), [[] for _ in prompts], []
+    models = models[:1] if options is None else models
+    for chunks in loop(*models, prompts, new, sampling, *([] if options is None else [options]), stats=stats, **more):
+        rounds.append(chunks)
+        for chunk in chunks:
+            assert len(chunk.tokens) == len(chunk.origins) > 0
+            texts[chunk.sequence] += chunk.tokens
+    return texts, stats, rounds
+
+
+def scores_by_plain_decoding(model, tokens, sampling, seed):
+    """What the target's next token behind `tokens` is the argmax of [V]: prefill, one step, temperature and noise."""
+    with torch.inference_mode():
+        cache = KVCache(model.config, 1, len(tokens), model.device, model.dtype)
+        at = prefill(model, cache, [tokens])[:, None]
+        mask = torch.ones(1, 1, dtype=torch.bool, device=model.device)
+        logits = model.logits(model(torch.tensor([tokens[-1:]], device=model.device), at, at, at[:, 0], mask, cache))
+        return Sampler(sampling, [seed], model.device).scores(logits, at + 1)[0, 0]
+
+
+def assert_same(expected, found, model, prompts, sampling, seeds, what):
+    """Equal texts; where one differs its two best tokens must tie, and the rest of it isn't looked at. Counts ties."""
+    ties = 0
+    for prompt, a, b, seed in zip(prompts, expected, found, seeds):
+        if a != b:
+            i = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), None)
+            assert i is not None, f"{what}: one text goes on after the other's end: {a} and {b}"
+            best = scores_by_plain_decoding(model, prompt + a[:i], sampling, seed).topk(2)
+            gap = (best.values[0] - best.values[1]).item()
+            assert {a[i], b[i]} == set(best.indices.tolist()) and gap < TIE, (
+                f"{what}: {a[i]} became {b[i]} at {i}, but the best two are {best.indices.tolist()}, {gap:.1e} apart")
+            ties += 1
+    return ties
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ar == sd == ssd
+
+FACTORS = {
+    "temperature": (0.0, 0.7, 1.0),
+    "filters": ((0, 1.0), (0, 1.0), (5, 1.0), (0, 0.8), (9, 0.9)),          # top_k, top_p
+    "greedy_rule": ("coupled", "residual"),                                 # at temperature 0 they are the same
+    "k": range(1, 9),
+    "tree": (None, None, None, "4,2,1,1", "3,2,2", "16", "32"),
+    "fanout": ("uniform", "geometric", "auto"),
+    "fanout_budget": (1, 2, 3, 5, 8, 12, 16, 24, 32),
+    "backup": ("neural", "fast", "auto"),
+    "batch": (1, 3, 8),
+    "seeds": ("own", "shared"),
+    "stop": (False, True),
+    "new": ("few", "mixed", "context"),
+}
+
+
+def configurations(name, n):
+    """n dicts of options, seeded by name: each factor takes its values equally often, in an order of its own."""
+    rng, columns = random.Random(name), {}
+    for factor, values in FACTORS.items():
+        columns[factor] = list(values) * (n // len(values)) + rng.sample(values, n % len(values))
+        rng.shuffle(columns[factor])
+    return [{factor: column[i] for factor, column in columns.items()} for i in range(n)]
+
+
+def request(config, rng):
+    """Prompts of mixed lengths, one a single token, half of them repetitive; and how long to go on."""
+    lengths = rng.sample([1, 2, 3, 9, 14, 22, 31, 40], config["batch"])
+    if config["batch"] > 1:
+        lengths[rng.randrange(config["batch"])] = 1
+    prompts = []
+    for i, length in enumerate(lengths):
+        motif = [rng.randrange(CONFIG.vocab_size) for _ in range(4 if i % 2 else length)]
+        prompts.append((motif * length)[:length])
+    new = {"few": lambda length: rng.randint(1, 9), "mixed": lambda length: rng.randint(1, 28),
+           "context": lambda length: CONTEXT - length}[config["new"]]
+    return prompts, [new(length) for length in lengths]
+
+
+def compare_modes(pair, config, prompts, new, rng):
+    """Run a configuration in all three modes; tokens must agree. Returns what happened, as counts."""
+    models = PAIRS[pair]()
+    top_k, top_p = config["filters"]
+    sampling = Sampling(config["temperature"], top_k, top_p, seed=rng.randrange(2 ** 40))
+    seeds = [sampling.seed] * len(prompts)
+    if config["seeds"] == "own":
+        seeds = [rng.randrange(2 ** 62) for _ in prompts]
+    options = Options(**{name: config[name] for name in ("k", "tree", "fanout", "fanout_budget", "backup")},
+                      accept="coupled" if config["temperature"] else config["greedy_rule"])
+    more = dict(seeds=None if config["seeds"] == "shared" else seeds)
+    expected = run(saguaro.autoregressive, models, prompts, new, sampling, **more)[0]
+    if config["stop"]:
+        longest = max(expected, key=len)
+        more["stop_ids"] = {longest[2 * len(longest) // 3]}
+        expected = run(saguaro.autoregressive, models, prompts, new, sampling, **more)[0]
+    events = dict.fromkeys(("texts", "ties", "hits", "misses", "stopped inside", "cut inside", "replans"), 0)
+    for loop in saguaro.sd, saguaro.ssd:
+        what = f"{loop.__name__}, {pair} pair, {config}"
+        found, stats, _ = run(loop, models, prompts, new, sampling, options, **more)
+        events["ties"] += assert_same(expected, found, models[0], prompts, sampling, seeds, what)
+        assert stats.tokens == sum(map(len, found)), what
+        events["texts"] += len(found)
+        events["hits"] += stats.hits
+        events["misses"] += stats.lookups - stats.hits
+        events["replans"] += stats.rounds > 16 and not (options.tree is None and options.fanout == "uniform")
+        for entry in stats.trace:
+            stopped = entry["tokens"][-1] in more.get("stop_ids", ())
+            if len(entry["tokens"]) <= entry["accepted"]:       # cut within what had been drafted
+                events["stopped inside" if stopped else "cut inside"] += 1
+    return events
+
+
+def sweep(pair, n, make_request=None):
+    rng, total = random.Random(pair), {}
+    for i, config in enumerate(configurations(pair, n)):
+        prompts, new = make_request(i, config, rng) if make_request else request(config, rng)
+        for event, count in compare_modes(pair, config, prompts, new, rng).items():
+            total[event] = total.get(event, 0) + count
+    print(pair, total)
+    assert total["ties"] <= 0.02 * total["texts"] + 1, total    # ties are rare; many would hide a defect
+    return total
+
+
+@pytest.mark.parametrize("pair", ("perturbed", "same", "random", "trimmed"))
+def test_modes_agree(pair):
+    total = sweep(pair, 16 if pair in ("perturbed", "trimmed") else 11)
+    wanted = {"random": ("misses", "replans"), "same": ("hits", "stopped inside", "cut inside")}.get(
+        pair, ("hits", "misses", "stopped inside", "cut inside", "replans"))        # what the sweep was to come across
+    assert all(total[event] for event in wanted), total
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", ("perturbed", "same", "random", "trimmed"))
+def test_modes_agree_everywhere(pair):
+    sweep(pair, 120)
+
+
+OPENINGS = [f"{who} {what}" for who in ("Lily", "Tom and his dog", "The old king", "Once upon a time, a girl", "My cat")
+            for what in ("went to the park and", "was sad because", "found a big red", "said: \"I want", "did not",
+                         "liked to play with", "saw a bird. The bird", "had a")]            # 40
+
+
+def sweep_real(pair, n, batches, longest, branches):
+    """A sweep over real weights, on text: `branches` bounds batch * budget, which is what takes the time."""
+    PAIRS[pair]()                                                               # skips if they aren't there
+    from tokenizer import Tokenizer
+    tokenizer = Tokenizer.from_folder(ROOT / ("weights/target" if pair == "embedded" else "checkpoints/smollm2"))
+    prompts = [tokenizer.prompt(text) for text in random.Random(0).sample(OPENINGS, len(OPENINGS))]
+
+    def make_request(i, config, rng):
+        size = batches[i % len(batches)]
+        config["fanout_budget"] = min(config["fanout_budget"], branches // size)
+        some = [prompts[(8 * i + j) % len(prompts)] for j in range(size)]
+        return some, [rng.randint(longest // 2, longest) for _ in some]
+    total = sweep(pair, n, make_request)
+    assert total["hits"] and total["misses"], total
+
+
+def test_modes_agree_on_the_embedded_pair():
+    sweep_real("embedded", 5, (1, 3, 8), longest=32, branches=24)
+
+
+@pytest.mark.slow
+def test_modes_agree_on_the_embedded_pair_everywhere():
+    sweep_real("embedded", 40, (1, 3, 8), longest=64, branches=128)
+
+
+@pytest.mark.slow
+def test_modes_agree_on_smollm2():
+    sweep_real("smollm2", 9, (1, 1, 3), longest=20, branches=16)
+
+
+def test_batch_does_not_change_a_text():
+    models, rng = PAIRS["perturbed"](), random.Random(0)
+    prompts, new = request(dict(batch=8, new="mixed"), rng)
+    for sampling in Sampling(), Sampling(0.7, seed=5):
+        for loop, options in ((saguaro.autoregressive, None), (saguaro.ssd, Options(k=4))):
+            together = run(loop, models, prompts, new, sampling, options)[0]
+            alone = [run(loop, models, [prompt], n, sampling, options)[0][0] for prompt, n in zip(prompts, new)]
+            assert_same(alone, together, models[0], prompts, sampling, [sampling.seed] * 8, loop.__name__)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the draft proposes: a defect here would cost speed and no test of the texts would see it
+
+@pytest.mark.parametrize("sampling, options", (
+    (Sampling(), Options(k=3, fanout_budget=8)),
+    (Sampling(1.0, seed=1), Options(tree="3,2,1", fanout_budget=12)),
+    (Sampling(0.7, seed=1), Options(k=4, tree="7", fanout_budget=8, backup="fast")),
+))
+@pytest.mark.parametrize("loop", (saguaro.sd, saguaro.ssd))
+def test_speculations_are_the_drafts_own(loop, sampling, options, monkeypatch):
+    """Every drafted token and every guessed outcome is the draft's best behind its whole text, decoded plainly.
+
+    So the draft's KV cache holds the right rows after hits, misses of either backup, and new plans.
+    """
+    target, draft = PAIRS["perturbed"]()
+    specs, caches = [], []
+    verify, precompute = Target.verify, Drafter.precompute
+
+    def watch_verify(self, spec, tree):
+        specs.append((spec.tokens.tolist(), tree))
+        return verify(self, spec, tree)
+
+    def watch_precompute(self, *args):
+        cache = precompute(self, *args)
+        caches.append((cache.nodes.tolist(), cache.roots.tolist()))
+        return cache
+    monkeypatch.setattr(Target, "verify", watch_verify)
+    monkeypatch.setattr(Drafter, "precompute", watch_precompute)
+    prompts, new = [[1, 2, 3, 4, 5, 6], [7]], [36, 14]
+    stats = run(loop, (target, draft), prompts, new, sampling, options)[1]
+    texts = [list(prompt) for prompt in prompts]
+    for i, (tokens, tree) in enumerate(specs):
+        for row, entry in enumerate(entry for entry in stats.trace if entry["round"] == i):
+            text, drafted = texts[entry["sequence"]], tokens[row]
+            assert drafted[0] == text[-1]
+            for node in range(tree.size):
+                children = [drafted[child] for child in tree.children[node].tolist() if child >= 0]
+                path = tree.mask[node].nonzero().flatten().tolist()
+                behind = text + [drafted[n] for n in path[1:]]
+                guessed = []
+                if caches:
+                    guessed = [root for n, root in zip(caches[i][0], caches[i][1][row]) if n == node]
+                if -1 in behind or not children + guessed:
+                    continue
+                scores = scores_by_plain_decoding(draft, behind, sampling, sampling.seed).clone()
+                if entry["source"] == "fast":               # its guesses come from the model, its tokens from the text
+                    proposal = lookup_by_hand(text, tree.depth)[len(path) - 1:len(path)]
+                    assert children in (proposal + [-1] * (len(children) - 1), [-1] * len(children))
+                    scores[[child for child in children if child >= 0]] = -math.inf
+                    children = []
+                best = scores.topk(len(children) + len(guessed)).values
+                assert scores[children + guessed].tolist() == pytest.approx(best.tolist(), abs=TIE)
+            text += entry["tokens"]
+    if loop is saguaro.ssd:
+        assert {entry["source"] for entry in stats.trace} >= {"hit", options.backup}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Degenerate requests
+
+BOTH = pytest.mark.parametrize("loop", (saguaro.sd, saguaro.ssd))
+
+
+@BOTH
+@pytest.mark.parametrize("accept, temperature", (("coupled", 0.0), ("coupled", 1.0), ("residual", 1.0)))
+def test_draft_is_target(loop, accept, temperature):
+    """Everything that is drafted is accepted; with shared noise the bonus is always guessed too."""
+    options = Options(k=5, accept=accept)
+    texts, stats, _ = run(loop, PAIRS["same"](), [[1, 2, 3], [4]], 36, Sampling(temperature, seed=1), options)
+    assert [len(text) for text in texts] == [36, 36]
+    assert stats.acceptance_rate > 0.98 and stats.tokens_per_round >= 0.9 * 6       # 1 and 6, but for rounding
+    if loop is saguaro.ssd and accept == "coupled":
+        assert stats.hit_rate > 0.9
+
+
+@BOTH
+@pytest.mark.parametrize("accept, temperature", (("coupled", 0.0), ("coupled", 1.0), ("residual", 1.0)))
+@pytest.mark.parametrize("tree", (None, "3,2"))
+def test_hopeless_draft(loop, accept, temperature, tree):
+    """The draft only proposes tokens that the target never takes: a round yields its bonus token and no more."""
+    from test_tables import TableModel
+    even = (torch.arange(20, device=DEVICE) % 2 == 0).float() * 200
+    ramp = torch.arange(20, device=DEVICE) * 0.1
+    target, draft = (TableModel((x + ramp).expand(2, 20, 20)) for x in (even, -even))
+    stats = run(loop, (target, draft), [[1, 2, 3], [4]], 9, Sampling(temperature, seed=1),
+                Options(k=3, tree=tree, accept=accept))[1]
+    assert stats.tokens_per_round == 1 and stats.accepted == 0 and stats.acceptance_rate == 0
+    assert stats.tokens == stats.tested == 18
+
+
+@BOTH
+def test_lookahead_past_the_budget(loop):
+    models, prompts, new = PAIRS["same"](), [[1, 2], [3], [4, 5, 6]], [1, 2, 3]
+    texts, stats, rounds = run(loop, models, prompts, new, options=Options(k=8))
+    assert texts == run(saguaro.autoregressive, models, prompts, new)[0]
+    assert [len(text) for text in texts] == new and len(rounds) == stats.rounds == 1 and stats.tokens == 6
+
+
+@BOTH
+def test_stop_id_is_the_first_token(loop):
+    models, prompts = PAIRS["same"](), [[1, 2], [3]]
+    first = [text[0] for text in run(saguaro.autoregressive, models, prompts, 1)[0]]
+    texts, stats, rounds = run(loop, models, prompts, 30, options=Options(k=4), stop_ids=first)
+    assert texts == [[token] for token in first] and len(rounds) == 1 and stats.tokens == 2
+
+
+@BOTH
+def test_one_sequence_finishes_in_round_one(loop):
+    for new in ([1, 20], [20, 1]):
+        models, prompts = PAIRS["perturbed"](), [[7, 8, 9], [5]]
+        texts, stats, rounds = run(loop, models, prompts, new, options=Options(k=3))
+        assert texts == run(saguaro.autoregressive, models, prompts, new)[0]
+        assert [len(chunks) for chunks in rounds] == [2] + [1] * (stats.rounds - 1)     # it costs nothing afterwards
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad requests
+
+def refuses(message, models, prompts=((1, 2),), new=4, loops=(saguaro.sd, saguaro.ssd), **options):
+    for loop in loops:
+        with pytest.raises(UserError, match=message):
+            run(loop, models, [list(prompt) for prompt in prompts], new,
+                options=None if loop is saguaro.autoregressive else Options(**options))
+
+
+@pytest.mark.parametrize("message, options", (
+    ("K.* at least 1, got 0", dict(k=0)),
+    ("K.* at least 1, got -3", dict(k=-3, tree="4")),
+    ("budget .*got 0", dict(fanout_budget=0)),
+    (f"budget .*got {MAX_BUDGET + 1}", dict(fanout_budget=MAX_BUDGET + 1)),
+    (r"C.* in \[0, 1\], got -0.1", dict(saguaro_c=-0.1)),
+    (r"C.* in \[0, 1\], got 1.5", dict(saguaro_c=1.5)),
+    (r"C.* in \[0, 1\], got nan", dict(saguaro_c=math.nan)),
+    (f"tree.* has 1110 .* at most {MAX_NODES}", dict(tree="10,10,10")),
+    (f"tree.* has {MAX_NODES + 1} .* at most {MAX_NODES}", dict(tree=str(MAX_NODES + 1))),
+    (f"--k.* has {MAX_NODES + 1} .* at most {MAX_NODES}", dict(k=MAX_NODES + 1)),
+    *((f"--tree is '{tree}'; expected", dict(tree=tree)) for tree in ("", "0", "-4", "4,0", "4,,2", "wide", "2.5")),
+    ("unknown fan-out 'fair'", dict(fanout="fair")),
+    ("unknown accept rule 'all'", dict(accept="all")),
+    ("unknown backup 'none'", dict(backup="none")),
+))
+def test_bad_options(message, options):
+    refuses(message, PAIRS["same"](), **options)
+
+
+def test_bad_models_and_prompts():
+    target, config = tiny(0), dataclasses.replace
+    refuses("draft's vocabulary has 50 tokens and the target's 67", (target, tiny(0, config(CONFIG, vocab_size=50))))
+    other = config(CONFIG, vocab_size=50, target_vocab_size=99)
+    refuses("made for a target vocabulary of 99 tokens, the target's has 67", (target, Llama(other, DEVICE)))
+    short = tiny(0, config(CONFIG, max_context=16))
+    refuses("10 prompt tokens and 7 new ones exceed the draft's context of 16", (target, short), [[1] * 10], 7)
+    for loop, models, request in itertools.product(
+            (saguaro.autoregressive, saguaro.sd, saguaro.ssd), [PAIRS["same"]()],
+            (("a prompt is empty", [[1], []], 4), ("at least 1, got 0", [[1]], 0), ("got -2", [[1], [2]], [3, -2]),
+             (f"exceed the target's context of {CONTEXT}", [[1] * 40], CONTEXT - 39))):
+        refuses(request[0], models, *request[1:], loops=[loop])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stats
+
+@pytest.mark.parametrize("sampling, options", (
+    (Sampling(), Options(k=4, fanout="uniform", fanout_budget=8)),
+    (Sampling(), Options(k=3, backup="fast")),
+    (Sampling(1.0, seed=3), Options(k=4, fanout="auto", tree="12")),
+    (Sampling(1.0, seed=3), Options(tree="3,2,1", accept="residual", saguaro_c=0.5, backup="fast")),
+    (Sampling(1.0, seed=3), Options(k=2, accept="residual")),
+))
+def test_stats_are_what_the_trace_says(sampling, options, monkeypatch):
+    """Watch the verifies, the lookups and the draft's forwards of a run and count everything again."""
+    models = PAIRS["perturbed"]()
+    verified, found, forwards = [], [], [0]
+    verify, lookup, fill = Target.verify, SpeculationCache.lookup, draft_side.prefill
+
+    def watch_verify(self, spec, tree):
+        verified.append((spec.tokens.clone(), tree, verify(self, spec, tree)))
+        return verified[-1][2]
+
+    def watch_lookup(self, verdict):
+        found.append(lookup(self, verdict)[0].tolist())
+        return lookup(self, verdict)
+
+    def watch_prefill(*args):
+        result = fill(*args)
+        forwards[0] = 0                                                     # count from here on
+        return result
+    monkeypatch.setattr(Target, "verify", watch_verify)
+    monkeypatch.setattr(SpeculationCache, "lookup", watch_lookup)
+    monkeypatch.setattr(draft_side, "prefill", watch_prefill)
+    hook = models[1].register_forward_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
+    prompts, new = request(dict(batch=8, new="context"), random.Random(4))
+    stop = {run(saguaro.autoregressive, models, prompts, new, sampling)[0][2][9]}
+    verified.clear()
+    texts, stats, rounds = run(saguaro.ssd, models, prompts, new, sampling, options, stop_ids=stop)
+    hook.remove()
+
+    trace = [[entry for entry in stats.trace if entry["round"] == r] for r in range(stats.rounds)]
+    live, sources, counted, lookups, drafting = list(range(8)), ["neural"] * 8, [0, 0], [], 0
+    for entries, chunks, (tokens, tree, verdict), hits in zip(trace, rounds, verified, found, strict=True):
+        assert [entry["sequence"] for entry in entries] == [chunk.sequence for chunk in chunks] == live
+        assert [entry["source"] for entry in entries] == sources
+        drafting += 1 + tree.depth                                          # one forward for the leaves, D for branches
+        for row, (entry, chunk, k) in enumerate(zip(entries, chunks, verdict.length.tolist())):
+            node = verdict.path[row, -1].item()
+            children = [c for c in tree.children[node].tolist() if c >= 0 and tokens[row, c] >= 0]
+            assert (entry["accepted"], entry["node"], entry["tested"]) == (k, node, k + bool(children))
+            counted = [counted[0] + k, counted[1] + k + bool(children)]
+            drafted = tokens[row, verdict.path[row, 1:k + 1]].tolist() + [verdict.bonus[row].item()]
+            assert entry["tokens"] == chunk.tokens == drafted[:len(chunk.tokens)]
+            kind = "accepted-hit" if entry["source"] == "hit" else "accepted-miss"
+            assert chunk.origins == ([kind] * k + ["bonus"])[:len(chunk.tokens)]
+            goes_on = len(chunk.tokens) == k + 1 and chunk.tokens[-1] not in stop and any(
+                later["sequence"] == entry["sequence"] for later in stats.trace if later["round"] > entry["round"])
+            assert entry["lookup"] == (hits[row] if goes_on else None)
+        lookups.append([entry["lookup"] for entry in entries if entry["lookup"] is not None])
+        live = [entry["sequence"] for entry in entries if entry["lookup"] is not None]
+        replan = stats.rounds > 16 and (n := len(lookups)) >= 16 and n & (n - 1) == 0 and options.fanout != "uniform"
+        sources = ["hit" if hit and not replan else "neural" if replan else options.backup for hit in lookups[-1]]
+        drafting += tree.depth * ("neural" in sources)
+    first_tree = verified[0][1]
+    lookups = [hits for hits in lookups if hits]
+    flat = sum(lookups, [])
+    assert live == [] and True in flat and False in flat
+    assert stats.tokens == sum(map(len, texts)) == sum(len(entry["tokens"]) for entry in stats.trace)
+    assert stats.sequence_rounds == len(stats.trace) and stats.rounds == len(rounds)
+    assert stats.tokens_per_round == stats.tokens / len(stats.trace)
+    assert [stats.accepted, stats.tested] == counted and stats.acceptance_rate == counted[0] / counted[1]
+    assert stats.hit_rate == sum(flat) / len(flat) and (stats.hits, stats.lookups) == (sum(flat), len(flat))
+    assert stats.all_hit_rate == sum(map(all, lookups)) / len(lookups)
+    assert stats.draft_forwards == forwards[0] == first_tree.depth + drafting
+    assert stats.forwards_per_round == forwards[0] / stats.rounds
+    by_source = {s: [e["accepted"] + 1 for e in stats.trace if e["source"] == s] for s in stats.sources}
+    assert stats.sources == {source: [len(ks), sum(ks)] for source, ks in by_source.items()}
+    assert all(value == getattr(stats, name) for name, value in stats.summary().items())
+
+
+def test_coupled_noise_keeps_the_hit_rate():
+    """At temperature 1 shared noise guesses the bonus token far more often than rejection sampling, C = 1, does."""
+    prompts, seeds, rate = [[i, i + 3, 5] for i in range(16)], list(range(16)), {}
+    for accept, temperature in (("coupled", 0.0), ("coupled", 1.0), ("residual", 1.0)):
+        options = Options(k=4, fanout="uniform", fanout_budget=10, accept=accept)
+        rate[accept, temperature] = run(saguaro.ssd, (tiny(0), perturbed(0.1)), prompts, 48, Sampling(temperature),
+                                        options, seeds=seeds)[1].hit_rate
+    assert rate["coupled", 1.0] > rate["residual", 1.0] + 0.1, rate
+    assert rate["coupled", 1.0] > rate["coupled", 0.0] - 0.15, rate
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Overlap: the draft side runs in a thread beside the verify
+
+def counts(stats):
+    """All of a Stats but the clock."""
+    timed = ("seconds", "prefill_seconds", "waits")
+    return {name: value for name, value in vars(stats).items() if name not in timed}
+
+
+@pytest.mark.parametrize("sampling, options", (
+    (Sampling(0.7, seed=2), Options(k=3, tree="3,2,1", fanout="auto")),
+    (Sampling(1.0, seed=2), Options(k=4, accept="residual", saguaro_c=0.5, backup="fast")),
+))
+def test_same_result_however_the_threads_run(sampling, options, monkeypatch):
+    rng, request = random.Random(0), ([[1, 2, 3], [4], [5, 6, 5, 6, 5]], [12, 24, 18], sampling, options)
+    expected, expected_stats, _ = run(saguaro.ssd, PAIRS["perturbed"](), *request)
+
+    def slowed(work):
+        def wrapper(*args):
+            time.sleep(rng.choice((0, 0, 0.002, 0.004)))
+            result = work(*args)
+            time.sleep(rng.choice((0, 0, 0.002, 0.004)))
+            return result
+        return wrapper
+    monkeypatch.setattr(Target, "verify", slowed(Target.verify))
+    monkeypatch.setattr(Drafter, "precompute", slowed(Drafter.precompute))
+    for _ in range(20):
+        texts, stats, _ = run(saguaro.ssd, PAIRS["perturbed"](), *request)
+        assert texts == expected and counts(stats) == counts(expected_stats)
+
+
+@pytest.mark.parametrize("sampling, options", (
+    (Sampling(), Options(k=3, fanout_budget=16)),
+    (Sampling(0.7, seed=2), Options(k=3, tree="3,2,1", fanout="auto", backup="fast")),
+    (Sampling(1.0, seed=2), Options(k=2, accept="residual", saguaro_c=0.5)),
+))
+@BOTH
+def test_results_may_live_at_fixed_addresses(loop, sampling, options, monkeypatch):
+    """What CUDA graphs do, played on the CPU: a step reads copies of its arguments and overwrites its last results."""
+    request = PAIRS["perturbed"](), [[1, 2, 3], [4], [5, 6, 5, 6, 5]], [14, 40, 25], sampling, options
+    expected, expected_stats, _ = run(loop, *request)
+
+    def replay(self, f, *args):
+        leaves, structure = pytree.tree_flatten(args)
+        fixed = [x.clone() if torch.is_tensor(x) else x for x in leaves]
+        key = (f.__func__, *(tuple(x.shape) if torch.is_tensor(x) else x for x in leaves))
+        results = pytree.tree_map_only(torch.Tensor, torch.clone, f(*pytree.tree_unflatten(fixed, structure)))
+        for old, new in zip(pytree.tree_leaves(self.recorded.setdefault(key, results)), pytree.tree_leaves(results)):
+            if torch.is_tensor(old) and old is not new:
+                old.copy_(new)
+        return self.recorded[key]
+    monkeypatch.setattr(Graphs, "__call__", replay)
+    texts, stats, _ = run(loop, *request)
+    assert texts == expected and counts(stats) == counts(expected_stats)
+
+
+def test_leaving_early_and_failing(monkeypatch):
+    """An abandoned loop gives the cores back, and an error on the draft's side reaches the caller."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    threads = torch.get_num_threads()
+    loop = saguaro.ssd(*PAIRS["perturbed"](), [[1, 2]], 30, Sampling(), Options(k=2))
+    next(loop)
+    loop.close()
+    assert torch.get_num_threads() == threads
+
+    def fail(*args):
+        raise ZeroDivisionError
+    monkeypatch.setattr(Drafter, "precompute", fail)
+    with pytest.raises(ZeroDivisionError):
+        run(saguaro.ssd, PAIRS["perturbed"](), [[1, 2]], 30, options=Options(k=2))
+    assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Maths
+
+def chain_stop(a, k):
+    return [(1 - a) * a ** i for i in range(k)] + [a ** k]
+
+
+def test_fan_out_is_theorem_12():
+    for a, r, k in ((0.8, 0.8, 6), (0.5, 2.0, 3), (0.95, 0.3, 8)):
+        f0 = [a ** (i / (1 + r)) for i in range(k)] + [a ** (k / (1 + r)) * (1 - a) ** (-1 / (1 + r))]
+        found = fan_out(chain_stop(a, k), r, 10 ** 6, 10 ** 6)
+        assert all(abs(n - 10 ** 6 * share / sum(f0)) <= 1 for n, share in zip(found, f0))
+
+
+def test_fan_out_spends_its_budget_well():
+    rng = random.Random(1)
+    for _ in range(300):
+        n, budget, limit, r = rng.randint(1, 9), rng.randint(1, 60), rng.randint(1, 12), rng.uniform(0.05, 4)
+        stop = [rng.random() ** 3 for _ in range(n)]
+        found = fan_out(stop, r, budget, limit)
+        assert len(found) == n and sum(found) == min(budget, limit * n) and all(0 <= f <= limit for f in found)
+        assert all(f >= g for (p, f), (s, g) in itertools.product(zip(stop, found), repeat=2) if p > s and f < limit)
+    miss = lambda stop, fans, r: sum(p * (f ** -r if f else 1) for p, f in zip(stop, fans))
+    for a, r, k in itertools.product((0.6, 0.75, 0.9), (0.4, 0.8, 1.5), (3, 6)):
+        stop, uniform = chain_stop(a, k), [4] * (k + 1)
+        assert miss(stop, fan_out(stop, r, 4 * (k + 1), 100), r) < miss(stop, uniform, r)
+    assert fan_out([1.0] * 4, 0.0, 16, 100) == [4] * 4
+    assert fan_out([0.9, 0.1, 0.0], 1.0, 7, 3) == [3, 3, 1]                 # what is over the limit goes to the others
+
+
+def check_tree(tree):
+    parents = tree.parents
+    for node in range(tree.size):
+        path = [node]
+        while path[-1]:
+            path.append(parents[path[-1]])
+        assert tree.mask[node].nonzero().flatten().tolist() == sorted(path)
+        assert tree.depths[node] == tree.node_depth[node] == len(path) - 1 and node in tree.levels[len(path) - 1]
+        own = [child for child in range(1, tree.size) if parents[child] == node]
+        assert [c for c in tree.children[node].tolist() if c >= 0] == own and tree.n_children[node] == len(own)
+        assert [tree.ranks[child] for child in own] == list(range(len(own)))
+        assert tree.first_child[node] == (own[0] if own else -1) and tree.parent[node] == parents[node]
+    assert [node for level in tree.levels for node in level] == list(range(tree.size))
+    assert tree.depth == max(tree.depths)
+
+
+def test_tree_shapes():
+    check_tree(Tree.chain(0))
+    assert Tree.chain(4).parents == [-1, 0, 1, 2, 3] and Tree.chain(4).mask.equal(torch.ones(5, 5).tril().bool())
+    tree = Tree.from_widths([3, 2])
+    assert tree.parents == [-1, 0, 0, 0, 1, 1, 2, 2, 3, 3] and tree.levels == [[0], [1, 2, 3], [4, 5, 6, 7, 8, 9]]
+    rng = random.Random(0)
+    for _ in range(30):
+        accept = sorted((rng.random() for _ in range(6)), reverse=True)
+        best = Tree.best(rng.randint(1, 40), [x / sum(accept) for x in accept], rng.randint(1, 8))
+        for tree in Tree.from_widths([rng.randint(1, 3) for _ in range(rng.randint(1, 4))]), best:
+            check_tree(tree)
+    assert [Tree.best(n, [0.7, 0.1], 6).size for n in (1, 5, 20)] == [2, 6, 21]
+
+
+def all_trees(n):
+    """Every ordered tree of n drafted nodes, as the path of ranks to each of its nodes."""
+    def grow(paths):
+        if len(paths) == n + 1:
+            yield frozenset(paths)
+            return
+        for path in paths:
+            child = path + (sum(other[:-1] == path for other in paths if other),)
+            yield from grow(paths | {child})
+    return set(grow(frozenset([()])))
+
+
+def test_best_tree_is_best():
+    """Against every tree of up to 5 nodes: 1, 2, 5, 14, 42 of them."""
+    rng = random.Random(2)
+    trees = {n: all_trees(n) for n in range(1, 6)}
+    assert [len(trees[n]) for n in trees] == [1, 2, 5, 14, 42]
+    for _ in range(40):
+        accept = sorted((rng.random() for _ in range(5)), reverse=True)
+        accept = [x / sum(accept) * 0.95 for x in accept]
+        for n, depth in itertools.product(trees, (1, 2, 5)):
+            most = max(sum(math.prod(accept[r] for r in path) for path in tree if path)
+                       for tree in trees[n] if max(map(len, tree)) <= depth)
+            tree = Tree.best(n, accept, depth)
+            stop = tree.stop_probability(accept)
+            expected_accepted = sum(p * d for p, d in zip(stop, tree.depths))
+            assert tree.depth <= depth and expected_accepted == pytest.approx(most)
+
+
+def test_stop_probability():
+    assert Tree.chain(3).stop_probability([0.6]) == pytest.approx(chain_stop(0.6, 3))
+    assert Tree.from_widths([2]).stop_probability([0.5, 0.2]) == pytest.approx([0.3, 0.5, 0.2])
+    for tree in Tree.from_widths([4, 2, 1, 1]), Tree.best(32, Stats().rank_acceptance(), 6):
+        assert sum(tree.stop_probability(Stats().rank_acceptance())) == pytest.approx(1)
+        stats = Stats(stops={0: 30, tree.size - 1: 10})
+        assert sum(stats.stop_probability(tree)) == pytest.approx(1)
+        assert stats.stop_probability(tree)[0] > tree.stop_probability(stats.rank_acceptance())[0]
+
+
+def test_speedup_and_critical_batch():
+    assert expected_speedup(0.8, 4.0, 3.0, 0.5, 0.5) == pytest.approx(3.8 / (0.8 + 0.2 * 1.5))
+    assert expected_speedup(0.8, 4.0, 3.0, 1.5, 0.5) == pytest.approx(3.8 / (0.8 * 1.5 + 0.2 * 1.5))
+    # by hand: N_slow = 3.8, N_fast = 3.5, w = 0.3 / (3.5 * 0.2), b* = ln(4/7) / ln(0.8)
+    assert critical_batch(0.8, 4.0, 3.0, 1.5, 0.2, 0.0) == pytest.approx(2.5079, abs=1e-3)
+
+    def speedup(b, p, e_hit, e, t):             # Corollary 16, T_p <= 1
+        return (p * e_hit + (1 - p) * e) / (p ** b + (1 - p ** b) * (1 + t))
+    rng, inside = random.Random(3), 0
+    for _ in range(500):
+        p, e_hit = rng.uniform(0.3, 0.99), rng.uniform(2, 6)
+        e_fast, e_slow = sorted(rng.uniform(1, e_hit) for _ in range(2))
+        t_fast, t_slow = sorted(rng.uniform(0, 0.6) for _ in range(2))
+        best = critical_batch(p, e_hit, e_slow, e_fast, t_slow, t_fast)
+        inside += 0 < best < math.inf
+        for b in (0.5 * best, 0.99 * best) if best < math.inf else (1, 10, 1000):
+            assert speedup(b, p, e_hit, e_slow, t_slow) >= speedup(b, p, e_hit, e_fast, t_fast) - 1e-9
+        for b in (1.01 * best, 3 * best) if best < math.inf else ():
+            assert speedup(b, p, e_hit, e_slow, t_slow) <= speedup(b, p, e_hit, e_fast, t_fast) + 1e-9
+    assert inside > 100
+
+
+def test_saguaro_probs_is_definition_14():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 11, generator=generator)
+    fans = torch.tensor([0, 1, 4, 10, 11]).expand(2, 5)
+    for c in (0.0, 0.3, 1.0):
+        found = saguaro_probs(logits, fans, c)
+        for row, f, q in zip(logits.flatten(0, 1), fans.flatten().tolist(), found.flatten(0, 1)):
+            top = row.argsort(descending=True)[:f].tolist()
+            weights = [math.exp(z) * (c if t in top else 1.0) for t, z in enumerate(row.tolist())]
+            weights = weights if sum(weights) else row.exp().tolist()       # C = 0 and all of V cached: plain softmax
+            assert q.tolist() == pytest.approx([w / sum(weights) for w in weights], abs=1e-6)
+    assert torch.equal(saguaro_probs(logits, 3, 0.5), saguaro_probs(logits, 3, 0.5, 7))
+
+
+def test_miss_exponent_finds_what_was_planted():
+    for r in (0.3, 0.8, 1.7):
+        stats = Stats(misses={0: [10 ** 6] * 2} | {f: [10 ** 6, 10 ** 6 * f ** -r] for f in (1, 2, 5, 9)})
+        assert stats.miss_exponent() == pytest.approx(r, abs=0.01)
+    assert Stats().miss_exponent() == pytest.approx(0.8, abs=0.01)
+
+
+def lookup_by_hand(text, depth, n=2):
+    for start in reversed(range(len(text) - n)):
+        if text[start:start + n] == text[-n:]:
+            found = text[start + n:start + n + depth]
+            return found + [-1] * (depth - len(found))
+    return [-1] * depth
+
+
+def test_prompt_lookup():
+    rng, matches = random.Random(5), 0
+    for _ in range(40):
+        room, depth = rng.randint(12, 30), rng.randint(1, 6)
+        texts = [[rng.randrange(4) for _ in range(rng.randint(1, room - 1))] for _ in range(16)]
+        texts[:3] = [1], [2, 2, 2], [0, 1, 2, 3, 0, 1]                      # too short; overlaps its end; a plain match
+        history = torch.full((16, room), 3)                                 # what lies behind a text must not matter
+        for row, text in zip(history, texts):
+            row[:len(text)] = torch.tensor(text)
+        expected = [lookup_by_hand(text, depth) for text in texts]
+        assert prompt_lookup(history, torch.tensor(list(map(len, texts))), depth).tolist() == expected
+        matches += sum(row[0] >= 0 for row in expected)
+    assert matches > 100

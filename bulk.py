@@ -74,8 +74,11 @@ def dense_hidden(model, tokens, cache=None, start=0):
         if cache is not None:
             cache.k[i, :, :, start:start + T], cache.v[i, :, :, start:start + T] = k, v
             k, v = cache.k[i, :, :, :start + T], cache.v[i, :, :, :start + T]
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0, enable_gqa=True)
-        x = x + F.linear(y.transpose(1, 2).flatten(2), layer.wo)
+        if T == 1:      # all query heads of a KV head see the same keys: as rows of one product, K and V are read once
+            y = F.scaled_dot_product_attention(q.reshape(B, c.n_kv_heads, -1, c.head_dim), k, v).view(B, 1, -1)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+        x = x + F.linear(y, layer.wo)
         gate, up = F.linear(norm(x, layer.mlp_norm), layer.w_gate_up).chunk(2, dim=-1)
         x = x + F.linear(F.silu(gate) * up, layer.w_down)
     return norm(x, model.norm)
@@ -139,14 +142,14 @@ def sample_continuations(model, prompts, max_new_tokens, temperature=0.0, top_p=
         length = torch.tensor([len(prompts[i]) for i in group]).to(device)
         stop_at = length + max_new_tokens                                   # becomes the row's end
         rows = torch.arange(B, device=device)                               # the rows of `text` still in the batch
-        seen = torch.zeros(B, V, dtype=torch.bool, device=device).scatter_(1, text[:, :first], True) if penalty else None
+        fine = torch.zeros(B, V, dtype=model.dtype, device=device).scatter_(1, text[:, :first], penalty) if penalty else None
         step = steer(group, device) if steer else None
         with flash():
             hidden = dense_hidden(model, text[:, :first], cache)[:, -1]
             for t in range(first, last):
                 logits = F.linear(hidden, model.head)                       # [rows, V]
                 if penalty:
-                    logits = logits - penalty * seen[rows]
+                    logits -= fine
                 token = pick(logits, temperatures[g % len(temperatures)], top_p, generator)
                 active = t >= length[rows]                                  # the others still read their prompt
                 token = torch.where(active, token, text[rows, t])
@@ -155,7 +158,7 @@ def sample_continuations(model, prompts, max_new_tokens, temperature=0.0, top_p=
                     token, ended = step(rows, token, ended, active)
                 text[rows, t] = token
                 if penalty:
-                    seen[rows, token] = True
+                    fine.scatter_(1, token[:, None], penalty)
                 stop_at[rows] = torch.where(ended & active & (t < stop_at[rows]), t + 1, stop_at[rows])
                 if t % CHECK_EVERY == 0:
                     alive = (t + 1 < stop_at[rows]).nonzero()[:, 0]
@@ -164,6 +167,7 @@ def sample_continuations(model, prompts, max_new_tokens, temperature=0.0, top_p=
                     if len(alive) < 0.8 * len(rows):
                         cache.keep(alive.tolist())
                         rows, token = rows[alive], token[alive]
+                        fine = fine[alive] if penalty else None
                 hidden = dense_hidden(model, token[:, None], cache, t)[:, -1]
         tokens[group, :last] = text.int().cpu()
         end[group] = stop_at.cpu()

@@ -67,6 +67,9 @@ def parse_flags(argv):
     add("--seed", Sampling.seed)
     add("--device", "auto", "auto, cpu, cuda or cuda:N")
     add("--dtype", "auto", "auto is bfloat16 on a GPU and float32 on a CPU", choices=("auto", *DTYPES))
+    add("--draft-dtype", help="int8 halves the bytes of the draft's weights", choices=("int8",))
+    add("--kernels", help="default: triton on a GPU, torch on a CPU", choices=("torch", "triton"))
+    switch("--no-graph", "on a GPU: launch every kernel by itself instead of CUDA graphs")
     add("--k", Options.k, "tokens to draft in a round")
     add("--tree", Options.tree, "draft a tree: children per depth (4,2,1,1) or the best one of so many nodes (32)")
     add("--fanout", Options.fanout, "how ssd spreads its guesses", choices=("uniform", "geometric", "auto"))
@@ -179,6 +182,10 @@ class Engine:
         self.args = args
         self.mode, self.folders = find_folders(args)
         self.device = find_device(args.device)
+        if args.kernels == "triton" and self.device.type != "cuda":
+            raise UserError(f"--kernels triton needs a CUDA GPU, the device is {self.device}; leave it out or choose torch")
+        if args.draft_dtype and "draft" not in self.folders:
+            raise UserError("--draft-dtype: there is no draft in mode ar")
         auto = "bfloat16" if self.device.type == "cuda" else "float32"
         self.dtype = DTYPES[auto if args.dtype == "auto" else args.dtype]
         self.sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
@@ -215,8 +222,11 @@ class Engine:
     def load(self):
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.models = [Llama.load(folder, self.device, self.dtype, loading(name))
+        graphs = False if self.args.no_graph else None
+        self.models = [Llama.load(folder, self.device, self.dtype, loading(name)).run_with(self.args.kernels, graphs)
                        for name, folder in self.folders.items()]
+        if self.args.draft_dtype == "int8" and len(self.models) > 1:
+            self.models[1].to_int8()
 
     def stream(self, mode, replies, stats, max_new_tokens):
         """Answer a batch of replies; yields (reply, text, origin) token by token, the text in whole characters."""

@@ -246,6 +246,25 @@ class Llama(nn.Module):
         """hidden [..., dim] -> [..., V] float32."""
         return (self.ops if hidden[..., 0].numel() <= kernels.MAX_ROWS else kernels.TORCH).head(hidden, self.head)
 
+    def run_with(self, ops=None, graphs=None):
+        """Choose how this model runs: ops "torch" or "triton", CUDA graphs or not; None keeps what fits the device."""
+        if (ops == "triton" or graphs) and self.device.type != "cuda":
+            raise UserError(f"Triton kernels and CUDA graphs need a CUDA GPU, the model is on {self.device}; "
+                            f"leave out --kernels or choose torch")
+        self.ops = {None: self.ops, "torch": kernels.TORCH, "triton": kernels.TRITON}[ops]
+        self.graphs = self.graphs if graphs is None else graphs
+        return self
+
+    def to_int8(self):
+        """Round the linear weights to int8 with a scale per row (W8A16), in place. For drafts: half the bytes to read,
+        and what a draft gets wrong costs speed, never exactness."""
+        for module, names in ((self, ["head"]), *((layer, ["wqkv", "wo", "w_gate_up", "w_down"]) for layer in self.layers)):
+            for name in names:
+                weight = getattr(module, name)
+                delattr(module, name)                   # a parameter's place only takes parameters
+                setattr(module, name, kernels.Int8Weight.of(weight))
+        return self
+
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def hf_tensors(self):

@@ -752,3 +752,22 @@ def test_prompt_lookup():
         assert prompt_lookup(history, torch.tensor(list(map(len, texts))), depth).tolist() == expected
         matches += sum(row[0] >= 0 for row in expected)
     assert matches > 100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bf16 on a GPU, where no difference is excused
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA GPU: bf16 exactness is a property of the Triton kernels")
+@pytest.mark.parametrize("batch, tree, temperature", itertools.product([1, 4], [None, "16"], [0.0, 1.0]))
+def test_bf16_texts_are_equal_on_the_gpu(batch, tree, temperature):
+    folders = [ROOT / "weights" / name for name in ("target", "draft")]
+    models = [Llama.load(folder, DEVICE, torch.bfloat16) for folder in folders]
+    prompts = [random.Random(i).choices(range(100, 4000), k=5 + 3 * i) for i in range(batch)]
+    sampling, options = Sampling(temperature, seed=batch), Options(tree=tree)
+    wanted = run(saguaro.autoregressive, models, prompts, 160, sampling)[0]
+    for loop in (saguaro.sd, saguaro.ssd):
+        for graphs in (True, False):
+            for model in models:
+                model.run_with(graphs=graphs)
+            assert run(loop, models, prompts, 160, sampling, options)[0] == wanted, (loop.__name__, graphs)

@@ -226,14 +226,46 @@ def test_forward_matches_the_twins():
     torch.testing.assert_close(*out, atol=1e-5, rtol=1e-5)
 
 
+def test_int8_model_is_its_own_rounding():
+    """to_int8 computes what the dense model with the rounded weights would."""
+    config = LlamaConfig(vocab_size=60, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=16, ffn_dim=48, tie_embeddings=True)
+    tree, out = Tree.from_widths([2, 2], DEVICE), []
+    for int8 in (True, False):
+        model = Llama.random(config, 1, DEVICE, torch.float32)
+        if int8:
+            model.to_int8()
+        else:
+            for module, name in [(model, "head")] + [(layer, name) for layer in model.layers
+                                                     for name in ("wqkv", "wo", "w_gate_up", "w_down")]:
+                weight = torch.nn.Parameter(kernels.Int8Weight.of(getattr(module, name)).dense(torch.float32), False)
+                setattr(module, name, weight)
+        cache = KVCache(config, 1, 100, DEVICE, torch.float32)
+        depth = tree.node_depth[None]
+        out.append(step(model, cache, [list(range(tree.size))], 5 + depth, 5 + torch.arange(tree.size, device=DEVICE)[None],
+                        [5], tree.mask))
+    torch.testing.assert_close(*out, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def big_model():
+    """The bf16 model of a CONFIGS entry, one at a time: making the 8B one takes seconds."""
+    models = {}
+
+    def get(name):
+        if name not in models:
+            models.clear()
+            models[name] = Llama.random(LlamaConfig(**CONFIGS[name]), 0, "cuda", torch.bfloat16)
+        return models[name]
+    return get
+
+
 @gpu_only
-@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("prefix", [1, 127, 500, 2049])
-def test_logits_do_not_depend_on_company(name, prefix):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_do_not_depend_on_company(name, prefix, big_model):
     """A token's logits are bit-equal alone, in a chain of 8, in a 64-node tree, and in a batch of 4 (bf16)."""
-    config = LlamaConfig(**CONFIGS[name])
-    model = Llama.random(config, 0, "cuda", torch.bfloat16)
-    tree = Tree(random_tree(65), "cuda")
+    model = big_model(name)
+    config, tree = model.config, Tree(random_tree(65), "cuda")
     tokens = torch.randint(0, config.vocab_size, (1, tree.size), device="cuda")
     chains = [Tree.chain(7, "cuda")]
 

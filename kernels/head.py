@@ -9,14 +9,14 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.launch import Launch, launch_options, pdl, prefetch, wait_for_inputs
+from kernels.launch import Launch, dense, launch_options, pdl, prefetch, wait_for_inputs
 from kernels.linear import linear, product, weight_scale
 from kernels.noise import gumbel_ref, mix32, mix32_key
 
 
 def head_ref(hidden, w):
     """hidden [..., dim] after the final norm, w [V, dim] -> logits [..., V] float32."""
-    return F.linear(hidden, w).float()
+    return F.linear(hidden, dense(w, hidden)).float()
 
 
 def best_ref(hidden, w, n, temperature, seeds, stream, positions, ids=None):
@@ -27,11 +27,11 @@ def best_ref(hidden, w, n, temperature, seeds, stream, positions, ids=None):
     """
     scores = head_ref(hidden, w)
     if temperature > 0:
-        noise_ids = torch.arange(w.shape[0], device=w.device) if ids is None else ids
+        noise_ids = torch.arange(scores.shape[-1], device=scores.device) if ids is None else ids
         scores = scores / temperature + gumbel_ref(seeds, stream, positions, noise_ids)
     if ids is not None:
         scores = scores.masked_fill(ids < 0, -torch.inf)
-    return scores.topk(min(n, w.shape[0])).indices
+    return scores.topk(min(n, scores.shape[-1])).indices
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def best(hidden, w, n, temperature, seeds, stream, positions, ids=None):
     indices = torch.empty(launch.M, blocks * n, device=hidden.device, dtype=torch.int32)
     out = torch.empty(*hidden.shape[:-1], n, device=hidden.device, dtype=torch.int64)
     best_kernel[launch.grid(blocks)](
-        hidden, launch.weight, launch.scale, seeds, positions.contiguous(), w if ids is None else ids, values, indices,
+        hidden, launch.weight, launch.scale, seeds, positions.contiguous(), hidden if ids is None else ids, values, indices,
         temperature or 1.0, stream, launch.M, hidden.shape[1], launch.N, launch.K, launch.BM, launch.BN, launch.BK, n,
         temperature > 0, ids is not None, launch.INT8, **launch.options)
     pick_kernel[(launch.M,)](values, indices, out, blocks * n, n, triton.next_power_of_2(blocks * n),

@@ -29,6 +29,11 @@ class Int8Weight(NamedTuple):
         return (self.values.float() * self.scale[:, None]).to(dtype)
 
 
+def dense(w, x):
+    """w as plain torch can multiply it with x."""
+    return w.dense(x.dtype) if isinstance(w, Int8Weight) else w
+
+
 class Blocks(NamedTuple):
     BN: int                             # output rows a program: decides which tensor core instruction is used
     BK: int                             # step along K: only how often the loop turns, not the order of the sum

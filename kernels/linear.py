@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.launch import Launch, prefetch, wait_for_inputs
+from kernels.launch import Launch, dense, prefetch, wait_for_inputs
 
 FIXED = tl.constexpr(2.0**28)           # a sum of squares is an int64 in units of 2^-28 (up to 3.4e10, overflow beyond)
 
@@ -39,8 +39,11 @@ def rms_norm_ref(x, weight, eps, sums=None):
 
 
 def linear_ref(x, w, residual=None, sums=None):
-    """x [..., K] @ w [N, K].T (+ residual [..., N]) -> y [..., N]; sums [...], if given, becomes the sums of y^2."""
-    y = F.linear(x, w)
+    """x [..., K] @ w [N, K].T (+ residual [..., N]) -> y [..., N]; sums [...], if given, becomes the sums of y^2.
+
+    w is a tensor or an Int8Weight, here and below.
+    """
+    y = F.linear(x, dense(w, x))
     y = y if residual is None else residual + y
     if sums is not None:
         sums.copy_(y.float().pow(2).sum(-1))
@@ -49,7 +52,7 @@ def linear_ref(x, w, residual=None, sums=None):
 
 def swiglu_linear_ref(x, sums, norm, eps, w):
     """SwiGLU of the normed input: w [2F, K] holds the gate rows, then the up rows. x [..., K] -> [..., F]."""
-    gate, up = F.linear(rms_norm_ref(x, norm, eps, sums), w).chunk(2, dim=-1)
+    gate, up = F.linear(rms_norm_ref(x, norm, eps, sums), dense(w, x)).chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
@@ -68,7 +71,7 @@ def qkv_rope_ref(x, sums, norm, eps, w, cos, sin, slots, k_cache, v_cache):
     """
     B, T, _ = x.shape
     KV, D = k_cache.shape[1], k_cache.shape[3]
-    qkv = F.linear(rms_norm_ref(x, norm, eps, sums), w).view(B, T, -1, D)   # [B, T, H + 2 KV, D]
+    qkv = F.linear(rms_norm_ref(x, norm, eps, sums), dense(w, x)).view(B, T, -1, D)     # [B, T, H + 2 KV, D]
     q, k, v = qkv.split([qkv.shape[2] - 2 * KV, KV, KV], dim=2)
     batch = torch.arange(B, device=x.device)[:, None]
     k_cache[batch, :, slots] = rotate(k, cos, sin)                          # [B, T, KV, D]

@@ -1,0 +1,147 @@
+"""Measure what speculation buys, and write the tables of README.md from the measurements.
+
+    python bench.py --json results/speculation_embedded.json                 the embedded pair
+    python bench.py --target DIR --round-draft 5 --prompts FILE.jsonl --chat   a target with itself, rounded, as its draft
+    python bench.py --report                                                 README.md's tables from results/*.json
+
+What is counted: tokens per round (accepted ones and the bonus token, as given out), acceptance (per token looked at), hit
+rate (outcomes found in the speculation cache, per sequence), draft forwards per round. These don't depend on the machine.
+"""
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+from batch import Options, Stats
+from errors import UserError, exit_on_user_error
+from generate import WEIGHTS, FlagParser
+from model import Llama
+from saguaro import sd, ssd
+from sampling import Sampling
+from tokenizer import Tokenizer
+
+RESULTS = Path(__file__).resolve().parent / "results"
+OPENINGS = [f"{start} {who}" for start in ("Once upon a time, there was", "One day,", "Long ago, near the sea, lived", "In a small town,")
+            for who in ("a little fox named Tim", "a shy girl who loved to paint", "an old bear", "two brothers", "a brave duck")]
+
+
+def rounded(model, bits, group=64):
+    """The model's linear weights rounded to `bits` bits in groups of `group` inputs, in place; embeddings are kept.
+
+    A draft that needs no training and agrees with its target about as well as an off-the-shelf pair does.
+    """
+    for layer in model.layers:
+        for w in (layer.wqkv, layer.wo, layer.w_gate_up, layer.w_down):
+            groups = w.view(w.shape[0], -1, group)
+            low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+            step = ((high - low) / (2 ** bits - 1)).clamp(min=1e-12)
+            groups.copy_(((groups - low) / step).round() * step + low)
+    return model
+
+
+def configurations(small):
+    """(table, row, Sampling, Options, loop) of every run."""
+    for temperature in (0.0, 0.7, 1.0):
+        for accept, c in (("coupled", 1.0), ("residual", 1.0), ("residual", 0.5)):
+            if temperature or accept == "coupled":
+                name = accept if accept == "coupled" else f"residual, C = {c}"
+                yield "accept", f"T = {temperature}, {name}", Sampling(temperature), Options(accept=accept, saguaro_c=c), ssd
+    for temperature in (0.0, 1.0):
+        for budget in (8, 16, 32):
+            for fanout in ("uniform", "geometric", "auto"):
+                if not small or budget == 16:
+                    yield ("fan-out", f"T = {temperature}, budget {budget}, {fanout}", Sampling(temperature),
+                           Options(fanout=fanout, fanout_budget=budget), ssd)
+    for k in (2, 4, 6, 8):
+        yield "speculation", f"chain, K = {k}", Sampling(), Options(k=k), sd
+    for nodes in (8, 16, 32, 64):
+        yield "speculation", f"best tree of {nodes}", Sampling(), Options(k=10, tree=str(nodes)), sd
+
+
+def measure(target, draft, prompts, new_tokens, batch, small):
+    rows = []
+    for table, row, sampling, options, loop in configurations(small):
+        totals, began = Stats(), time.time()
+        for first in range(0, len(prompts), batch):
+            group = prompts[first:first + batch]
+            for _ in loop(target, draft, group, new_tokens, sampling, options, stats=totals,
+                          seeds=list(range(first, first + len(group)))):
+                pass
+        rows.append(dict(table=table, row=row, **{k: v for k, v in totals.summary().items() if "seconds" not in k}))
+        print(f"{table}: {row}: {totals.tokens_per_round:.2f} tokens a round, acceptance {totals.acceptance_rate:.3f}, "
+              f"hit rate {totals.hit_rate:.3f}  ({time.time() - began:.0f} s)", flush=True)
+    return rows
+
+
+def report():
+    """Write the table of each results file between its markers in README.md."""
+    readme = Path(__file__).resolve().parent / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for path in sorted(RESULTS.glob("speculation_*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        begin, end = f"<!-- {path.name} -->\n", f"<!-- end of {path.name} -->"
+        if begin not in text or end not in text:
+            raise UserError(f"README.md has no place for {path.name}; expected the lines {begin.strip()} and {end}")
+        head, rest = text.split(begin)
+        text = head + begin + tables(result) + end + rest.split(end, 1)[1]
+    readme.write_text(text, encoding="utf-8")
+
+
+def tables(result):
+    lines = [f"{result['what']}. Command: `{result['command']}`.", ""]
+    lines += ["| | tokens per round | acceptance | hit rate | draft forwards per round |", "|-|-|-|-|-|"]
+    for r in result["rows"]:
+        hit = "" if r["table"] == "speculation" else f"{r['hit_rate']:.3f}"
+        lines.append(f"| {r['table']}: {r['row']} | {r['tokens_per_round']:.2f} | {r['acceptance_rate']:.3f} | {hit} | "
+                     f"{r['forwards_per_round']:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv=None):
+    parser = FlagParser("bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--target", metavar="DIR", help="default: the embedded target")
+    add("--draft", metavar="DIR", help="default: the embedded draft")
+    add("--round-draft", type=int, metavar="BITS", help="draft: the target with its linears rounded to so many bits")
+    add("--prompts", metavar="FILE.jsonl", help="default: 20 story openings")
+    add("--chat", action="store_true", help="put the prompts under the chat template")
+    add("--max-new-tokens", type=int, default=128, metavar="N")
+    add("--batch", type=int, default=10, metavar="N")
+    add("--small", action="store_true", help="fewer fan-out budgets")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--json", metavar="FILE", help="write the measurements there")
+    add("--report", action="store_true", help="write README.md's tables from results/ and stop")
+    args = parser.parse_args(argv)
+    if args.report:
+        return report()
+    if args.target is not None and args.draft is None and args.round_draft is None:
+        raise UserError("--target needs a draft: give --draft DIR or --round-draft BITS")
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    folder = args.target or WEIGHTS / "target"
+    target, tokenizer = Llama.load(folder, args.device, dtype), Tokenizer.from_folder(folder)
+    if args.round_draft:
+        draft = rounded(Llama.load(folder, args.device, torch.float32), args.round_draft).to(dtype)
+    else:
+        draft = Llama.load(args.draft or WEIGHTS / "draft", args.device, dtype)
+    texts = OPENINGS
+    if args.prompts:
+        texts = [json.loads(line)["prompt"] for line in Path(args.prompts).read_text(encoding="utf-8").splitlines()]
+    encode = (lambda text: tokenizer.chat([{"role": "user", "content": text}])) if args.chat else tokenizer.prompt
+    rows = measure(target, draft, [encode(text) for text in texts], args.max_new_tokens, args.batch, args.small)
+    who = "The embedded pair" if args.target is None else Path(folder).resolve().name + \
+        (f", its draft itself rounded to {args.round_draft} bits" if args.round_draft else "")
+    flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {Path(v).name if k in ('prompts', 'target', 'draft') else v}")
+             for k, v in vars(args).items() if v not in (None, False) and k not in ("json", "device")]
+    result = dict(what=f"{who}, {len(texts)} prompts, {args.max_new_tokens} new tokens, {str(dtype)[6:]}; K = 6 and budget 16 "
+                       f"where not said otherwise", command="python bench.py " + " ".join(flags), rows=rows,
+                  torch=torch.__version__, python=platform.python_version(), device=args.device)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

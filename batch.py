@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 
 from errors import UserError
+from kernels import MAX_ROWS
 from sampling import Sampler
 
-MAX_NODES = 128         # drafted tokens in a tree; more rows than this no longer ride for free in a verify
-MAX_BUDGET = 1024       # outcomes guessed per sequence and round; each costs a row in every forward of the draft
+MAX_NODES = MAX_ROWS - 1        # drafted tokens in a tree: with its root they still ride for free in a verify
+MAX_BUDGET = 1024               # outcomes guessed per sequence and round; each costs a row in every forward of the draft
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Stats:
     stops: dict = field(default_factory=dict)       # node -> sequence-rounds that ended there, since the last plan
     misses: dict = field(default_factory=dict)      # F -> [lookups, misses] of outcomes at nodes with F guesses
     sources: dict = field(default_factory=dict)     # "hit" | "neural" | "fast" -> [speculations, tokens they yielded]
-    waits: dict = field(default_factory=dict)       # "hit" | "neural" | "fast" -> [rounds, seconds] by backup in use
+    waits: dict = field(default_factory=dict)       # "hit" | "neural" | "fast" -> [rounds, seconds], by what they waited for
     trace: list | None = None       # set to [] to get a dict per sequence-round
 
     tokens_per_round = property(lambda s: s.tokens / max(1, s.sequence_rounds))
@@ -162,11 +163,12 @@ class Batch:
         self.sampler = Sampler(sampling, [sampling.seed] * len(prompts) if seeds is None else seeds, target.device)
         self.root = torch.tensor([prompt[-1] for prompt in prompts]).to(target.device)      # [B]
         self.sources = ["neural"] * len(prompts)    # where each live sequence's speculation came from
+        self.kind = None                            # SSD: "hit", or the backup that this round waited for
 
     def prefilled(self):
         now = time.perf_counter()
         self.stats.prefill_seconds += now - self.started
-        self.finished = self.round_started = now
+        self.resumed = now
 
     def finish_round(self, tree, spec, verdict, drafter=None, hit=None, branch=None):
         """Read the outcome back (the one host sync of a round), count it, and cut the text to what is wanted.
@@ -197,10 +199,11 @@ class Batch:
             stats.tokens += cut
             stats.accepted += k
             stats.tested += k + rejected_one
-            stats.stops[node] = stats.stops.get(node, 0) + 1
             stats.add(stats.sources, source, k + 1)
             guesses = [0] * tree.size if drafter is None else drafter.counts
-            stats.count_choices(tree, path[:k + 1], guesses, drafter.branch_choice[found_branch] if found else None)
+            if source != "fast":                # only then are the tree's tokens the draft's choices
+                stats.stops[node] = stats.stops.get(node, 0) + 1
+                stats.count_choices(tree, path[:k + 1], guesses, drafter.branch_choice[found_branch] if found else None)
             if drafter is not None and goes_on:
                 stats.add(stats.misses, guesses[node], not found)
             if stats.trace is not None:         # `accepted` is what was verified, `tokens` what was given out of it
@@ -213,17 +216,19 @@ class Batch:
             stats.hits += sum(hits)
             stats.batch_lookups += bool(hits)
             stats.batch_hits += bool(hits) and all(hits)
-        now = time.perf_counter()
-        stats.seconds += now - self.finished
-        self.finished = now
+        stats.seconds += time.perf_counter() - self.resumed
+        if self.kind is not None:
+            stats.add(stats.waits, self.kind, time.perf_counter() - self.resumed)
         return chunks, rows, hits
 
+    def resume(self):
+        """The caller wants the next round: what it did with the last one is not our time."""
+        self.resumed = time.perf_counter()
+
     def start_round(self, hits, backup):
-        """Note where the speculations of the coming round come from, and how long the last one took."""
-        now = time.perf_counter()
+        """Note where the speculations of the coming round come from, and what that round waits for."""
         self.sources = ["hit" if hit else backup for hit in hits]
-        self.stats.add(self.stats.waits, "hit" if all(hits) else backup, now - self.round_started)
-        self.round_started = now
+        self.kind = "hit" if all(hits) else backup
 
     def drop_finished(self, rows, *parts):
         """Go on with `rows` only, in all parts: a finished sequence costs nothing any more."""

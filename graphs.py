@@ -7,13 +7,15 @@ class Graphs:
     """Calls functions of tensors, by CUDA graph where `on`.
 
     A function may read and write tensors that its owner keeps (KV cache, prefix lengths) in place. Its arguments
-    (tensors, or tuples of them) are copied to fixed addresses before each replay; its results stand at fixed addresses
-    and hold until the same function is called again. Every graph has memory of its own: in a shared pool the scratch
-    space of one would lie over the results of another.
+    (tensors, tuples of them, or constants) are copied to fixed addresses before each replay; its results stand at fixed
+    addresses and hold until the same function is called with the same shapes and constants again. What it does in
+    Python happens only while it is recorded. Every graph has memory of its own: in a shared pool the scratch space of one
+    would lie over the results of another.
     """
 
     def __init__(self, on):
-        self.on, self.recorded = on, {}
+        # A stream of its own to record on, since libraries keep a workspace per stream, and graphs run side by side.
+        self.on, self.recorded, self.stream = on, {}, torch.cuda.Stream() if on else None
 
     def clear(self):
         """Forget all graphs: what their functions keep has moved."""
@@ -30,7 +32,7 @@ class Graphs:
         if self.recorded[key] is None:
             static = [x.clone() if torch.is_tensor(x) else x for x in leaves]
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 results = f(*pytree.tree_unflatten(static, structure))
             self.recorded[key] = graph, static, results
         graph, static, results = self.recorded[key]

@@ -256,8 +256,11 @@ class Llama(nn.Module):
         return self
 
     def to_int8(self):
-        """Round the linear weights to int8 with a scale per row (W8A16), in place. For drafts: half the bytes to read,
-        and what a draft gets wrong costs speed, never exactness."""
+        """Round the linear weights to int8 with a scale per row (W8A16), in place.
+
+        For drafts on a GPU: half the bytes to read, and what a draft gets wrong costs speed, never exactness. In plain
+        torch it is slower, as the weights are widened in every forward. Such a model can't be saved.
+        """
         for module, names in ((self, ["head"]), *((layer, ["wqkv", "wo", "w_gate_up", "w_down"]) for layer in self.layers)):
             for name in names:
                 weight = getattr(module, name)
@@ -311,6 +314,12 @@ class Llama(nn.Module):
             done += view.numel() * view.element_size()
             if progress:
                 progress(done, total)
+        if model.d2t is not None:
+            known = model.d2t[1:]
+            if model.d2t[0] != -1 or known.min() < 0 or known.max() >= config.target_vocab_size or \
+                    len(known.unique()) < len(known):
+                raise UserError(f"{folder}: d2t must hold -1 and then different ids below {config.target_vocab_size}; "
+                                f"distil the draft again")
         return model
 
     def save(self, folder):

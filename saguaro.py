@@ -19,6 +19,7 @@ import torch
 import kernels
 from batch import Batch, Chunk, Options, Stats  # noqa: F401 (Chunk, Options, Stats: what callers need)
 from draft import Drafter, Speculation, Verdict, path_slots, saguaro_probs  # noqa: F401 (saguaro_probs: the maths)
+from errors import UserError
 from graphs import Graphs
 from kernels.noise import ACCEPT, TARGET
 from model import KVCache, prefill
@@ -127,12 +128,14 @@ def critical_batch(p, e_hit, e_slow, e_fast, t_slow, t_fast):
 # ---------------------------------------------------------------------------------------------------------------------
 # Choices that follow from what has been measured
 
-def make_plan(options, stats, vocab_size, device, old=None):
+def make_plan(options, stats, draft_model, old=None):
     """The token tree and the fan-out of its nodes, by what has been measured so far: (Tree, list of M+1 ints).
 
-    old: the tree in use, which is given back if nothing about it changes.
+    old: the tree in use, which is given back if nothing about it changes. UserError if the draft's vocabulary is too
+    small for the tree.
     """
     widths, accept = options.widths(), stats.rank_acceptance()
+    device, vocab_size = draft_model.device, draft_model.config.vocab_size
     if widths is None:
         tree = Tree.chain(options.k, device)
     elif isinstance(widths, int):
@@ -141,6 +144,9 @@ def make_plan(options, stats, vocab_size, device, old=None):
         tree = Tree.from_widths(widths, device)
     if old is not None and old.parents == tree.parents:
         tree = old
+    if max(tree.n_children) >= vocab_size - 1:
+        raise UserError(f"a node of the tree has {max(tree.n_children)} children, the draft only {vocab_size} tokens to "
+                        f"choose from; use a narrower tree")
     if options.fanout == "uniform":
         stop, r = [1.0] * tree.size, 0.0
     else:
@@ -214,30 +220,32 @@ class Beside:
     """Runs the draft side next to the verify: on a second stream of a GPU, in a worker thread on a CPU."""
 
     def __init__(self, device):
-        self.cuda = device.type == "cuda"
+        self.device, self.cuda = device, device.type == "cuda"
 
     def __enter__(self):
         if self.cuda:
-            self.stream = torch.cuda.Stream()
+            self.stream = torch.cuda.Stream(self.device)
         else:
             self.pool, self.threads = ThreadPoolExecutor(1), torch.get_num_threads()
             torch.set_num_threads(max(1, self.threads // 2))            # both sides get half of the cores
         return self
 
     def __exit__(self, *_):
-        if not self.cuda:
+        if self.cuda:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        else:
             self.pool.shutdown()
             torch.set_num_threads(self.threads)
 
     def start(self, work, *args):
         """Start work(*args); returns a function that joins and gives its result."""
         if self.cuda:
-            self.stream.wait_stream(torch.cuda.current_stream())
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):
                 result = work(*args)
 
             def join():
-                torch.cuda.current_stream().wait_stream(self.stream)
+                torch.cuda.current_stream(self.device).wait_stream(self.stream)
                 return result
             return join
 
@@ -268,6 +276,7 @@ def autoregressive(target_model, prompts, max_new_tokens, sampling, stop_ids=(),
         yield chunks
         if not rows:
             return
+        batch.resume()
         root = verdict.bonus
         if len(rows) < len(root):
             batch.drop_finished(rows, target)
@@ -279,8 +288,8 @@ def sd(target_model, draft_model, prompts, max_new_tokens, sampling, options, st
     """Speculative decoding: draft a tree, verify it, keep what the target agrees with and its bonus token."""
     options.check()
     batch = Batch(target_model, prompts, max_new_tokens, sampling, stop_ids, seeds, stats, draft_model)
-    tree, _ = make_plan(options, batch.stats, draft_model.config.vocab_size, target_model.device)
-    room = batch.length + tree.depth + tree.size
+    tree, _ = make_plan(options, batch.stats, draft_model)
+    room = batch.length + 2 * tree.size                                 # an overshoot and the trunk
     target = Target(target_model, prompts, batch.sampler, room, options.accept == "residual")
     drafter = Drafter(draft_model, prompts, tree, None, batch.sampler, options, room, batch.stats)
     root, previous = batch.root, None
@@ -293,14 +302,16 @@ def sd(target_model, draft_model, prompts, max_new_tokens, sampling, options, st
         yield chunks
         if not rows:
             return
+        batch.resume()
         root, previous = verdict.bonus, spec.tokens.gather(1, verdict.path[:, -1:])[:, 0]
         if len(rows) < len(root):
             batch.drop_finished(rows, target, drafter)
             root, previous = root[rows], previous[rows]
-        if isinstance(options.widths(), int) and time_to_replan(options, batch.stats):
-            tree, _ = make_plan(options, batch.stats, draft_model.config.vocab_size, target_model.device, tree)
-            batch.stats.stops.clear()
-            drafter.plan(tree, None)
+        if time_to_replan(options, batch.stats):
+            old, (tree, _) = tree, make_plan(options, batch.stats, draft_model, tree)
+            if tree is not old:
+                batch.stats.stops.clear()
+                drafter.plan(tree, None)
 
 
 @torch.inference_mode()
@@ -308,9 +319,9 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
     """Speculative speculative decoding: while the target verifies round T, the draft prepares round T+1."""
     options.check()
     batch = Batch(target_model, prompts, max_new_tokens, sampling, stop_ids, seeds, stats, draft_model)
-    tree, fan = make_plan(options, batch.stats, draft_model.config.vocab_size, target_model.device)
-    room = batch.length + options.k + 1 + (tree.size + 1) * (options.fanout_budget + 1)
-    target = Target(target_model, prompts, batch.sampler, room, options.accept == "residual")
+    tree, fan = make_plan(options, batch.stats, draft_model)
+    room = batch.length + tree.size * (options.fanout_budget + 2)       # an overshoot, the trunk and the branches
+    target = Target(target_model, prompts, batch.sampler, batch.length + 2 * tree.size, options.accept == "residual")
     drafter = Drafter(draft_model, prompts, tree, fan, batch.sampler, options, room, batch.stats)
     batch.prefilled()
     spec, glue = drafter.speculate(batch.root), False           # round 1: the speculation cache is empty
@@ -324,13 +335,16 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
             yield chunks
             if not rows:
                 return
+            batch.resume()
             spec, root = drafted_next, verdict.bonus
             if len(rows) < len(root):
                 batch.drop_finished(rows, target, drafter)
                 spec, root, hit = spec.map(lambda x: x[rows]), root[rows], hit[rows]
             backup = choose_backup(options, batch.stats, len(rows))
-            if time_to_replan(options, batch.stats):          # what was drafted for the old plan is void
-                tree, fan = make_plan(options, batch.stats, draft_model.config.vocab_size, target_model.device, tree)
+            old, plan = (tree, fan), (tree, fan)
+            if time_to_replan(options, batch.stats):
+                plan = tree, fan = make_plan(options, batch.stats, draft_model, tree)
+            if plan != old:                                             # what was drafted for the old plan is void
                 drafter.plan(tree, fan)
                 batch.stats.stops.clear()
                 spec, hits, backup = drafter.speculate(root), [False] * len(rows), "neural"

@@ -69,11 +69,12 @@ class Sampler:
     def choose(self, model, hidden, positions, n, ids=None):
         """The n best tokens by `scores`, as indices of the model's vocabulary: hidden [B, T, dim] -> [B, T, n].
 
-        Logits are written out only where a filter must see them all, or the rows are too many for the kernel, or the
-        model is no Llama whose head it could read.
+        Logits are written out only where a filter must see them all, or rows or tokens are too many for the kernel,
+        or the model is no Llama whose head it could read.
         """
         filtered = not self.greedy and (self.top_k or self.top_p < 1)
-        if not filtered and isinstance(model, Llama) and hidden[..., 0].numel() <= kernels.MAX_ROWS:
+        if (not filtered and isinstance(model, Llama) and n <= kernels.MAX_BEST
+                and hidden[..., 0].numel() <= kernels.MAX_ROWS):
             return model.ops.best(hidden, model.head, n, self.temperature, self.seeds, TARGET, positions, ids)
         scores = self.scores(model.logits(hidden), positions, ids)
         if ids is not None:

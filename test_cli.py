@@ -378,7 +378,7 @@ def test_conversation_forgets_when_the_context_is_full(run, tmp_path):
     (["--k", "0"], "--k"), (["--fanout-budget", "0"], "budget"), (["--saguaro-c", "-0.1"], "--saguaro-c"),
     (["--saguaro-c", "1.1"], "--saguaro-c"), (["--saguaro-c", "nan"], "--saguaro-c"), (["--tree", "4,x"], "4,x"),
     (["--fanout-budget", "5000"], "1024"), (["--kernels", "triton"], "CUDA"),
-    (["--tree", "0"], "--tree"), (["--tree", "129"], ["129", "128"]), (["--tree", "8,8,8"], ["584", "128"]),
+    (["--tree", "0"], "--tree"), (["--tree", "128"], ["128", "127"]), (["--tree", "8,8,8"], ["584", "127"]),
     (["--fanout", "wide"], "--fanout"), (["--accept", "all"], "--accept"), (["--backup", "none"], "--backup"),
     (["--mode", "fast"], "--mode"), (["--max-new-tokens", "ten"], "--max-new-tokens"), (["--bogus"], "--bogus"),
     (["--temp", "1"], "--temp"),

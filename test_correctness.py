@@ -438,8 +438,12 @@ def test_bad_models_and_prompts():
 def test_stats_are_what_the_trace_says(sampling, options, monkeypatch):
     """Watch the verifies, the lookups and the draft's forwards of a run and count everything again."""
     models = PAIRS["perturbed"]()
-    verified, found, forwards = [], [], [0]
-    verify, lookup, fill = Target.verify, SpeculationCache.lookup, draft_side.prefill
+    verified, found, forwards, planned = [], [], [0], set()
+    verify, lookup, fill, plan = Target.verify, SpeculationCache.lookup, draft_side.prefill, Drafter.plan
+
+    def watch_plan(self, *args):
+        planned.add(len(found))                                             # after how many rounds
+        return plan(self, *args)
 
     def watch_verify(self, spec, tree):
         verified.append((spec.tokens.clone(), tree, verify(self, spec, tree)))
@@ -456,6 +460,7 @@ def test_stats_are_what_the_trace_says(sampling, options, monkeypatch):
     monkeypatch.setattr(Target, "verify", watch_verify)
     monkeypatch.setattr(SpeculationCache, "lookup", watch_lookup)
     monkeypatch.setattr(draft_side, "prefill", watch_prefill)
+    monkeypatch.setattr(Drafter, "plan", watch_plan)
     hook = models[1].register_forward_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))
     prompts, new = request(dict(batch=8, new="context"), random.Random(4))
     stop = {run(saguaro.autoregressive, models, prompts, new, sampling)[0][2][9]}
@@ -483,13 +488,14 @@ def test_stats_are_what_the_trace_says(sampling, options, monkeypatch):
             assert entry["lookup"] == (hits[row] if goes_on else None)
         lookups.append([entry["lookup"] for entry in entries if entry["lookup"] is not None])
         live = [entry["sequence"] for entry in entries if entry["lookup"] is not None]
-        replan = stats.rounds > 16 and (n := len(lookups)) >= 16 and n & (n - 1) == 0 and options.fanout != "uniform"
+        replan = len(lookups) in planned                                    # then what was drafted is void
         sources = ["hit" if hit and not replan else "neural" if replan else options.backup for hit in lookups[-1]]
         drafting += tree.depth * ("neural" in sources)
     first_tree = verified[0][1]
     lookups = [hits for hits in lookups if hits]
     flat = sum(lookups, [])
     assert live == [] and True in flat and False in flat
+    assert planned <= {0, 16, 32, 64} and (options.fanout != "uniform" or planned == {0})
     assert stats.tokens == sum(map(len, texts)) == sum(len(entry["tokens"]) for entry in stats.trace)
     assert stats.sequence_rounds == len(stats.trace) and stats.rounds == len(rounds)
     assert stats.tokens_per_round == stats.tokens / len(stats.trace)
@@ -759,7 +765,7 @@ def test_prompt_lookup():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA GPU: bf16 exactness is a property of the Triton kernels")
-@pytest.mark.parametrize("batch, tree, temperature", itertools.product([1, 4], [None, "16"], [0.0, 1.0]))
+@pytest.mark.parametrize("batch, tree, temperature", list(itertools.product([1, 4], [None, "16"], [0.0, 1.0])))
 def test_bf16_texts_are_equal_on_the_gpu(batch, tree, temperature):
     folders = [ROOT / "weights" / name for name in ("target", "draft")]
     models = [Llama.load(folder, DEVICE, torch.bfloat16) for folder in folders]

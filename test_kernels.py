@@ -168,8 +168,7 @@ def test_best(n, temperature, rows):
         scores = head.head(hidden, w)                                   # the same products: only the choice is tested
         if temperature:
             all_ids = torch.arange(V, device=DEVICE) if given is None else given
-            scores = scores.to(DTYPE).float() / temperature + kernels.gumbel(seeds, 0, positions, all_ids)
-        scores = scores.to(DTYPE).float() if not temperature else scores
+            scores = scores / temperature + kernels.gumbel(seeds, 0, positions, all_ids)
         if given is not None:
             scores[..., 0] = -torch.inf                                 # id -1: not a token
         want = scores.topk(n).values

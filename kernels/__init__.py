@@ -6,16 +6,17 @@ then the Triton kernel and its launcher `x`, which keeps the same contract.
 from types import SimpleNamespace
 
 from kernels import accept, commit, embed, head, linear, tree_attention
+from kernels.head import MAX_BEST
 from kernels.launch import MAX_ROWS, Int8Weight
 from kernels.noise import gumbel, uniform
 from kernels.tree_attention import Ancestors
 
 TORCH = SimpleNamespace(
-    name="torch", embed=embed.embed_ref, linear=linear.linear_ref, swiglu_linear=linear.swiglu_linear_ref,
+    embed=embed.embed_ref, linear=linear.linear_ref, swiglu_linear=linear.swiglu_linear_ref,
     qkv_rope=linear.qkv_rope_ref, visibility=tree_attention.visibility_ref, tree_attention=tree_attention.tree_attention_ref,
     rms_norm=linear.rms_norm_ref, head=head.head_ref, best=head.best_ref, commit=commit.commit_ref, walk=accept.walk_ref)
 TRITON = SimpleNamespace(
-    name="triton", embed=embed.embed, linear=linear.linear, swiglu_linear=linear.swiglu_linear, qkv_rope=linear.qkv_rope,
+    embed=embed.embed, linear=linear.linear, swiglu_linear=linear.swiglu_linear, qkv_rope=linear.qkv_rope,
     visibility=tree_attention.visibility, tree_attention=tree_attention.tree_attention, rms_norm=head.norm, head=head.head,
     best=head.best, commit=commit.commit, walk=accept.walk)
 
@@ -25,4 +26,4 @@ def ops_for(tensor):
     return TRITON if tensor.is_cuda else TORCH
 
 
-__all__ = ["Ancestors", "MAX_ROWS", "TORCH", "TRITON", "Int8Weight", "gumbel", "ops_for", "uniform"]
+__all__ = ["Ancestors", "MAX_BEST", "MAX_ROWS", "TORCH", "TRITON", "Int8Weight", "gumbel", "ops_for", "uniform"]

@@ -25,10 +25,10 @@ def commit_kernel(k_ptr, v_ptr, src_ptr, dst_ptr, P, stride_l, stride_b, stride_
     wait_for_inputs(PDL)
     b = tl.program_id(1) // KV
     base = tl.program_id(0).to(tl.int64) * stride_l + b * stride_b + (tl.program_id(1) % KV) * stride_h
-    i, d = tl.arange(0, BLOCK), tl.arange(0, D)[None, :]
+    i, d = tl.arange(0, BLOCK), tl.arange(0, triton.next_power_of_2(D))[None, :]
     src = base + tl.load(src_ptr + b * P + i, mask=i < P, other=0)[:, None] * D + d
     dst = base + tl.load(dst_ptr + b * P + i, mask=i < P, other=0)[:, None] * D + d
-    live = (i < P)[:, None]
+    live = (i < P)[:, None] & (d < D)
     k, v = tl.load(k_ptr + src, mask=live), tl.load(v_ptr + src, mask=live)
     tl.debug_barrier()                                          # all reads before all writes
     tl.store(k_ptr + dst, k, mask=live)

@@ -64,7 +64,7 @@ def best_kernel(x_ptr, w_ptr, scale_ptr, seed_ptr, position_ptr, id_ptr, value_p
     for block in range(tl.program_id(0), tl.cdiv(N, BN), tl.num_programs(0)):
         rows = block * BN + tl.arange(0, BN)
         acc = product(x_ptr, w_ptr, x_ptr, rows, M, N, K, 0, K, BM, BK, False, tl.zeros([BN, BM], tl.float32))
-        scores = weight_scale(acc, scale_ptr, rows, N, INT8).to(x_ptr.dtype.element_ty).to(tl.float32)
+        scores = weight_scale(acc, scale_ptr, rows, N, INT8)
         ids = rows.to(tl.int64)
         if IDS:
             ids = tl.load(id_ptr + rows, mask=rows < N, other=-1)
@@ -109,6 +109,9 @@ def head(hidden, w):
     return linear(hidden, w, out_dtype=torch.float32)
 
 
+MAX_BEST = 16           # most tokens a row: each is a pass over a block of logits in registers
+
+
 def best(hidden, w, n, temperature, seeds, stream, positions, ids=None):
     """As best_ref; ties go to the lowest index."""
     launch = Launch(hidden, w)
@@ -117,7 +120,7 @@ def best(hidden, w, n, temperature, seeds, stream, positions, ids=None):
     values = torch.empty(launch.M, blocks * n, device=hidden.device)
     indices = torch.empty(launch.M, blocks * n, device=hidden.device, dtype=torch.int32)
     out = torch.empty(*hidden.shape[:-1], n, device=hidden.device, dtype=torch.int64)
-    best_kernel[launch.grid(blocks)](
+    best_kernel[(blocks,)](
         hidden, launch.weight, launch.scale, seeds, positions.contiguous(), hidden if ids is None else ids, values, indices,
         temperature or 1.0, stream, launch.M, hidden.shape[1], launch.N, launch.K, launch.BM, launch.BN, launch.BK, n,
         temperature > 0, ids is not None, launch.INT8, **launch.options)

@@ -53,25 +53,25 @@ SM90 = {
 }
 
 
-def blocks_for(N, K, paired=False):
+def blocks_for(N, K):
     """Block shapes for a weight [N, K] and few rows of x."""
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and (N, K) in SM90:
         return SM90[N, K]
     BK = min(256 if K >= 2048 else 128, max(16, triton.next_power_of_2(K)))
-    split = 2 if N <= 4096 <= K and not paired else 1
+    split = 2 if N <= 4096 <= K else 1
     return Blocks(64 if N >= 16384 else 32, BK, 4, 4, split)
 
 
 class Launch:
     """Shapes, block shapes and launch options of one skinny linear: x [..., K] with M rows, w [N, K] or Int8Weight."""
 
-    def __init__(self, x, w, paired=False, most=1 << 30):
+    def __init__(self, x, w, most=1 << 30):
         self.INT8 = isinstance(w, Int8Weight)
         self.weight, self.scale = w if self.INT8 else (w, w)
         (self.N, self.K), self.M, self.device = self.weight.shape, x.numel() // x.shape[-1], x.device
         assert x.shape[-1] == self.K and x.is_contiguous() and self.weight.is_contiguous() and self.M <= MAX_ROWS
         self.BM = max(16, triton.next_power_of_2(self.M))
-        self.BN, self.BK, stages, warps, self.SPLIT = blocks_for(self.N, self.K, paired)
+        self.BN, self.BK, stages, warps, self.SPLIT = blocks_for(self.N, self.K)
         self.BN = min(self.BN, most)
         # More rows need more shared memory. What gives way is what rounding doesn't see: BN and SPLIT stay.
         tile = lambda: (self.BN * self.weight.element_size() + 2 * self.BM * x.element_size()) * self.BK
@@ -79,17 +79,16 @@ class Launch:
             stages, self.BK = (stages - 1, self.BK) if stages > 2 else (stages, self.BK // 2)
         self.options = dict(PDL=pdl(x.device), num_warps=warps, num_stages=stages, **launch_options(x.device))
 
-    def grid(self, programs):
-        return (programs,)
-
     def scratch(self, blocks):
         """Partial tiles and arrival counters of split-K (any tensors where there is none)."""
         if self.SPLIT == 1:
             return self.weight, self.weight
-        if not hasattr(self.weight, "arrivals"):        # zeros, and left as zeros; not shared, as streams run side by side
-            self.weight.arrivals = torch.zeros(blocks, dtype=torch.int32, device=self.device)
+        arrivals = self.weight.__dict__.setdefault("arrivals", {})      # one a stream, since streams run side by side
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.weight.is_cuda else 0
+        if stream not in arrivals:
+            arrivals[stream] = torch.zeros(blocks, dtype=torch.int32, device=self.device)
         part = torch.empty(blocks * self.SPLIT * self.BN * self.BM, device=self.device, dtype=torch.float32)
-        return part, self.weight.arrivals
+        return part, arrivals[stream]
 
 
 def pdl(device):

@@ -236,7 +236,7 @@ def linear(x, w, residual=None, sums=None, out_dtype=None):
     y = torch.empty(*x.shape[:-1], launch.N, device=x.device, dtype=out_dtype or x.dtype)
     blocks = triton.cdiv(launch.N, launch.BN)
     part, count = launch.scratch(blocks)
-    linear_kernel[launch.grid(blocks * launch.SPLIT)](
+    linear_kernel[(blocks * launch.SPLIT,)](
         x, launch.weight, launch.scale, x if residual is None else residual, y, x if sums is None else sums, part, count,
         launch.M, launch.N, launch.K, launch.BM, launch.BN, launch.BK, launch.SPLIT, launch.INT8,
         residual is not None, sums is not None, **launch.options)
@@ -245,9 +245,9 @@ def linear(x, w, residual=None, sums=None, out_dtype=None):
 
 def swiglu_linear(x, sums, norm, eps, w):
     """As swiglu_linear_ref, with sums as `linear` leaves them."""
-    launch = Launch(x, w, paired=True)
+    launch = Launch(x, w)
     y = torch.empty(*x.shape[:-1], launch.N // 2, device=x.device, dtype=x.dtype)
-    swiglu_kernel[launch.grid(triton.cdiv(launch.N, launch.BN))](
+    swiglu_kernel[(triton.cdiv(launch.N, launch.BN),)](
         x, sums, norm, eps, launch.weight, launch.scale, y, launch.M, launch.N, launch.K, launch.BM, launch.BN, launch.BK,
         launch.INT8, **launch.options)
     return y
@@ -257,11 +257,11 @@ def qkv_rope(x, sums, norm, eps, w, cos, sin, slots, k_cache, v_cache):
     """As qkv_rope_ref, with sums as `linear` leaves them."""
     B, T, _ = x.shape
     _, KV, _, D = k_cache.shape
-    launch = Launch(x, w, paired=True, most=D)
+    launch = Launch(x, w, most=D)
     H = launch.N // D - 2 * KV
     assert k_cache.stride() == v_cache.stride() and k_cache.stride()[2:] == (D, 1)
     q = torch.empty(B, T, H, D, device=x.device, dtype=x.dtype)
-    qkv_kernel[launch.grid(launch.N // launch.BN)](
+    qkv_kernel[(launch.N // launch.BN,)](
         x, sums, norm, eps, launch.weight, launch.scale, cos, sin, slots.contiguous(), q, k_cache, v_cache, launch.M, T, H,
         KV, k_cache.stride(0), k_cache.stride(1), launch.K, D, launch.BM, launch.BN, launch.BK, launch.INT8,
         **launch.options)

@@ -24,8 +24,9 @@ from sampling import Sampling
 from tokenizer import Tokenizer
 
 RESULTS = Path(__file__).resolve().parent / "results"
-OPENINGS = [f"{start} {who}" for start in ("Once upon a time, there was", "One day,", "Long ago, near the sea, lived", "In a small town,")
-            for who in ("a little fox named Tim", "a shy girl who loved to paint", "an old bear", "two brothers", "a brave duck")]
+STARTS = "Once upon a time, there was", "One day,", "Long ago, near the sea, lived", "In a small town,"
+HEROES = "a little fox named Tim", "a shy girl who loved to paint", "an old bear", "two brothers", "a brave duck"
+OPENINGS = [f"{start} {hero}" for start in STARTS for hero in HEROES]
 
 
 def rounded(model, bits, group=64):
@@ -48,7 +49,8 @@ def configurations(small):
         for accept, c in (("coupled", 1.0), ("residual", 1.0), ("residual", 0.5)):
             if temperature or accept == "coupled":
                 name = accept if accept == "coupled" else f"residual, C = {c}"
-                yield "accept", f"T = {temperature}, {name}", Sampling(temperature), Options(accept=accept, saguaro_c=c), ssd
+                yield ("accept", f"T = {temperature}, {name}", Sampling(temperature),
+                       Options(accept=accept, saguaro_c=c), ssd)
     for temperature in (0.0, 1.0):
         for budget in (8, 16, 32):
             for fanout in ("uniform", "geometric", "auto"):
@@ -133,10 +135,10 @@ def main(argv=None):
     rows = measure(target, draft, [encode(text) for text in texts], args.max_new_tokens, args.batch, args.small)
     who = "The embedded pair" if args.target is None else Path(folder).resolve().name + \
         (f", its draft itself rounded to {args.round_draft} bits" if args.round_draft else "")
-    flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {Path(v).name if k in ('prompts', 'target', 'draft') else v}")
-             for k, v in vars(args).items() if v not in (None, False) and k not in ("json", "device")]
-    result = dict(what=f"{who}, {len(texts)} prompts, {args.max_new_tokens} new tokens, {str(dtype)[6:]}; K = 6 and budget 16 "
-                       f"where not said otherwise", command="python bench.py " + " ".join(flags), rows=rows,
+    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {Path(str(value)).name}")
+             for name, value in vars(args).items() if value not in (None, False) and name not in ("json", "device")]
+    result = dict(what=f"{who}, {len(texts)} prompts, {args.max_new_tokens} new tokens, {str(dtype)[6:]}; K = 6 and "
+                       f"budget 16 where not said otherwise", command="python bench.py " + " ".join(flags), rows=rows,
                   torch=torch.__version__, python=platform.python_version(), device=args.device)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

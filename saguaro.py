@@ -12,18 +12,17 @@ those of SpecInfer (Miao et al. 2024) and Sequoia (Chen et al. 2024).
 Shapes: B sequences, M+1 nodes of a speculation (node 0 the root), D its depth (K for a chain), V vocabulary.
 """
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 import kernels
 from batch import Batch, Chunk, Options, Stats  # noqa: F401 (Chunk, Options, Stats: what callers need)
-from draft import Drafter, Speculation, Verdict, path_slots, saguaro_probs  # noqa: F401 (saguaro_probs: the maths)
+from draft import Drafter, Speculation, Verdict, path_slots
 from errors import UserError
-from graphs import Graphs
+from graphs import Beside, Graphs
 from kernels.noise import ACCEPT, TARGET
 from model import KVCache, prefill
-from sampling import Sampling  # noqa: F401
+from sampling import Sampling, saguaro_probs  # noqa: F401 (what callers need, and the rest of the maths)
 from tree import Tree
 
 
@@ -176,7 +175,7 @@ def choose_backup(options, stats, batch_size):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The target side, and what runs it and the draft side at the same time
+# The target side
 
 class Target:
     """The target model with its KV cache for B sequences: verifies a speculation in one forward."""
@@ -214,46 +213,6 @@ class Target:
         self.graphs.clear()
         self.cache.keep(rows)
         self.prefix_len = self.prefix_len[rows]
-
-
-class Beside:
-    """Runs the draft side next to the verify: on a second stream of a GPU, in a worker thread on a CPU."""
-
-    def __init__(self, device):
-        self.device, self.cuda = device, device.type == "cuda"
-
-    def __enter__(self):
-        if self.cuda:
-            self.stream = torch.cuda.Stream(self.device)
-        else:
-            self.pool, self.threads = ThreadPoolExecutor(1), torch.get_num_threads()
-            torch.set_num_threads(max(1, self.threads // 2))            # both sides get half of the cores
-        return self
-
-    def __exit__(self, *_):
-        if self.cuda:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
-        else:
-            self.pool.shutdown()
-            torch.set_num_threads(self.threads)
-
-    def start(self, work, *args):
-        """Start work(*args); returns a function that joins and gives its result."""
-        if self.cuda:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self.stream):
-                result = work(*args)
-
-            def join():
-                torch.cuda.current_stream(self.device).wait_stream(self.stream)
-                return result
-            return join
-
-        @torch.inference_mode()
-        def run():
-            torch.set_num_threads(max(1, self.threads // 2))
-            return work(*args)
-        return self.pool.submit(run).result
 
 
 # ---------------------------------------------------------------------------------------------------------------------

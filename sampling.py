@@ -32,6 +32,24 @@ def filter_logits(logits, top_k, top_p):
     return logits
 
 
+def saguaro_probs(logits, fan_out, c, widest=None):
+    """Saguaro sampling (Def. 14): q_C(t) ~ C e^{z_t} for t among the top F tokens, e^{z_t} for the others.
+
+    Tokens that sit in the speculation cache are drafted less, so the residual max(p - q, 0) puts more mass on them:
+    more hits, fewer acceptances. logits [..., V] (tempered); fan_out, F, int or int64 [...]; c in [0, 1], 1 is softmax;
+    widest: a host-side bound on fan_out, which saves looking. Returns q [..., V].
+    """
+    q = logits.softmax(-1)
+    if c == 1:
+        return q
+    fan_out = torch.as_tensor(fan_out, device=logits.device).expand(logits.shape[:-1])
+    top = logits.topk(int(fan_out.max()) if widest is None else widest).indices
+    weight = torch.where(torch.arange(top.shape[-1], device=logits.device) < fan_out[..., None], c, 1.0)
+    scaled = q * torch.ones_like(q).scatter(-1, top, weight)
+    total = scaled.sum(-1, keepdim=True)
+    return torch.where(total > 0, scaled / total, q)                # C = 0 and nothing outside the top F: plain q
+
+
 class Sampler:
     """Sampling for B sequences with a seed each. The text of a sequence depends on its seed, not on its batch."""
 

@@ -133,7 +133,8 @@ ASKED = (
 def beginnings(rng):
     """Endless beginnings of user turns: free, general, code stubs, code requests, sums."""
     while True:
-        words = dict(name=rng.choice(NAMES), other=rng.choice(NAMES), n=rng.choice([rng.randint(2, 20), rng.randint(10, 100), 1000]))
+        n = rng.choice([rng.randint(2, 20), rng.randint(10, 100), 1000])
+        words = dict(name=rng.choice(NAMES), other=rng.choice(NAMES), n=n)
         name = f"{rng.choice(VERBS)}_{rng.choice(NOUNS)}"
         imports = rng.choice(["from typing import List\n\n\n", "\n", "", "\n\n", "import math\n\n\n"])
         kind = rng.random()
@@ -144,6 +145,7 @@ def beginnings(rng):
         elif kind < 0.7:
             yield f'{imports}def {name}({rng.choice(ARGUMENTS)}:\n    """{rng.choice(DOCS)}'
         elif kind < 0.75:
-            yield rng.choice(("Write a Python function that", "Write a Python function to", "Write a Python program", "Create a function"))
+            yield rng.choice(("Write a Python function that", "Write a Python function to", "Write a Python program",
+                              "Create a function"))
         else:
             yield rng.choice(SUMS).format(**words)

@@ -18,11 +18,11 @@ from torch.utils import _pytree as pytree
 import draft as draft_side
 import saguaro
 from batch import MAX_BUDGET, MAX_NODES
-from draft import Drafter, SpeculationCache, prompt_lookup, saguaro_probs
+from draft import Drafter, SpeculationCache, prompt_lookup
 from errors import UserError
 from graphs import Graphs
 from model import KVCache, Llama, LlamaConfig, prefill
-from sampling import Sampler, Sampling
+from sampling import Sampler, Sampling, saguaro_probs
 from saguaro import Options, Stats, Target, critical_batch, expected_speedup, fan_out
 from tree import Tree
 
@@ -417,6 +417,7 @@ def test_bad_models_and_prompts():
     other = config(CONFIG, vocab_size=50, target_vocab_size=99)
     refuses("made for a target vocabulary of 99 tokens, the target's has 67", (target, Llama(other, DEVICE)))
     short = tiny(0, config(CONFIG, max_context=16))
+    refuses("a node of the tree has 60 children, the draft only 45 tokens", PAIRS["trimmed"](), tree="60,1")
     refuses("10 prompt tokens and 7 new ones exceed the draft's context of 16", (target, short), [[1] * 10], 7)
     for loop, models, request in itertools.product(
             (saguaro.autoregressive, saguaro.sd, saguaro.ssd), [PAIRS["same"]()],

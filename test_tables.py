@@ -14,9 +14,9 @@ import torch
 
 import kernels
 import saguaro
-from draft import Drafter, SpeculationCache, saguaro_probs
+from draft import Drafter, SpeculationCache
 from model import LlamaConfig
-from sampling import Sampler, Sampling, filter_logits
+from sampling import Sampler, Sampling, filter_logits, saguaro_probs
 from saguaro import Options, Stats
 from tree import Tree
 

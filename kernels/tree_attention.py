@@ -3,7 +3,7 @@
 T new tokens of a sequence see its whole committed prefix (slots 0..prefix_len-1) and, of the S speculative slots behind
 it, those that their row of the ancestor mask allows. A chain is a lower triangle, decoding is T = S = 1, N parallel
 branches are N diagonals over a trunk, a prefill chunk is a big triangle. Bytes moved: K and V of the prefix, once a
-KV head; the G = H / KV query heads that share it are packed into the rows.
+KV head and tile of 16 rows; the G = H / KV query heads that share a KV head are packed into the rows.
 
 Split-KV flash-decoding, bit-exact whatever surrounds a token. Every token sees its keys in the order of their positions
 in the text, in blocks that start at fixed positions. A block that lies in the prefix whole is the same for all tokens;
@@ -24,6 +24,7 @@ from kernels.launch import MAX_ROWS, launch_options, pdl, wait_for_inputs
 
 ROWS = 16               # (token, head) rows a tile: the narrowest operand of a tensor core product
 BLOCK = 64              # positions a block
+LOG2_E = 1.4426950408889634             # softmax in powers of two
 WARPS = 2               # two, so that the products are mma.sync: as wgmma, Triton 3.6 gets this kernel wrong
 LONGEST = 2 * MAX_ROWS + 2      # most speculative slots that one token can see, itself included
 
@@ -104,7 +105,7 @@ def weighted(v, p, own, acc):
 
 @triton.jit
 def combine(part, stat, live, working, D: tl.constexpr, ROWS: tl.constexpr):
-    """Add the splits up in order, eight at a time so that their loads overlap. Returns top, mass [ROWS], acc [D, ROWS]."""
+    """Add the splits up in order, eight at a time so that their loads overlap. Returns mass [ROWS], acc [D, ROWS]."""
     top = tl.full([ROWS], float("-inf"), tl.float32)
     for first in range(0, working, 8):
         index = tl.zeros([ROWS], tl.int32) + first
@@ -121,7 +122,7 @@ def combine(part, stat, live, working, D: tl.constexpr, ROWS: tl.constexpr):
             weight = tl.exp2(tl.load(at, mask=there, other=float("-inf"), volatile=True) - safe)
             mass += weight * tl.load(at + ROWS, mask=there, other=0.0, volatile=True)
             acc += weight[None, :] * tl.load(part + (first + i) * D * ROWS, mask=there[None, :], other=0.0, volatile=True)
-    return top, mass, acc
+    return mass, acc
 
 
 @triton.jit
@@ -181,7 +182,7 @@ def tree_attention_kernel(q_ptr, k_ptr, v_ptr, prefix_ptr, slot_ptr, count_ptr, 
             last = tl.atomic_add(arrival_ptr + group, 1, sem="acq_rel") == working - 1
             if last:
                 tl.debug_barrier()
-                top, mass, acc = combine(part, stat, live, working, D, ROWS)
+                mass, acc = combine(part, stat, live, working, D, ROWS)
                 tl.store(arrival_ptr + group, 0)
         if last:
             out = acc / tl.where(mass == 0.0, 1.0, mass)[None, :]
@@ -196,9 +197,10 @@ def tree_attention(q, k, v, view):
     out = torch.empty_like(q)
     part = torch.empty(B * KV * tiles * view.splits * D * ROWS, device=device)
     stat = torch.empty(B * KV * tiles * view.splits * 2 * ROWS, device=device)
-    assert B * KV * tiles <= view.arrivals.numel()
+    ancestors = view.ancestors
+    assert B * KV * tiles <= view.arrivals.numel(), "more heads than the arrival counters are for"
     tree_attention_kernel[(view.splits, tiles, B * KV)](
-        q, k, v, view.prefix_len, view.ancestors.slots, view.ancestors.count, out, part, stat, view.arrivals, T, view.ancestors.slots.shape[1], k.stride(0),
-        k.stride(1), D ** -0.5 * 1.4426950408889634, KV, H // KV, D, BLOCK, ROWS, PDL=pdl(device), num_warps=WARPS,
-        **launch_options(device))
+        q, k, v, view.prefix_len, ancestors.slots, ancestors.count, out, part, stat, view.arrivals, T,
+        ancestors.slots.shape[1], k.stride(0), k.stride(1), D ** -0.5 * LOG2_E, KV, H // KV, D, BLOCK, ROWS,
+        PDL=pdl(device), num_warps=WARPS, **launch_options(device))
     return out

@@ -56,7 +56,7 @@ class LlamaConfig:
     ffn_dim: int
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None            # Llama 3.1's frequency scaling, as in HF's config.json
+    rope_scaling: dict | None = None            # Llama 3.1's, as in HF's config.json
     max_context: int = 2048
     tie_embeddings: bool = False
     bos_id: int | None = None
@@ -154,14 +154,19 @@ class KVCache:
     """
 
     def __init__(self, config, batch, capacity, device, dtype):
-        self.shape = (config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim)
+        shape = (config.n_layers, batch, config.n_kv_heads, capacity, config.head_dim)
         # Zeros, not empty: masked slots still enter a product with weight 0, and 0 * NaN would be NaN.
-        self.k = torch.zeros(self.shape, device=device, dtype=dtype)
-        self.v = torch.zeros(self.shape, device=device, dtype=dtype)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
 
     @property
     def capacity(self):
         return self.k.shape[3]
+
+    def part(self, first, last):
+        """The cache of sequences first..last-1: the same memory."""
+        part = object.__new__(KVCache)
+        part.k, part.v = self.k[:, first:last], self.v[:, first:last]
+        return part
 
     def commit(self, src, dst):
         """Copy slots src[b, i] to dst[b, i], all reads before all writes (src, dst [B, P] int64)."""
@@ -199,12 +204,11 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList(Layer(c, new) for _ in range(c.n_layers))
         self.norm = new(c.dim)
         self.head = self.embed if c.tie_embeddings else new(c.vocab_size, c.dim)
-        # How it runs: on a GPU with Triton kernels inside CUDA graphs, elsewhere as plain torch.
+        # How it runs, see `run_with`: on a GPU with Triton kernels inside CUDA graphs, elsewhere as plain torch.
         self.graphs = torch.device(device or "cpu").type == "cuda"
-        self.ops = kernels.TRITON if self.graphs else kernels.TORCH
-        if self.graphs and c.head_dim & (c.head_dim - 1):
+        self.ops = kernels.TRITON if self.graphs and c.head_dim & (c.head_dim - 1) == 0 else kernels.TORCH
+        if self.graphs and self.ops is kernels.TORCH:
             warnings.warn(f"head_dim {c.head_dim} is no power of two: plain torch instead of the Triton kernels")
-            self.ops = kernels.TORCH
         self.register_buffer("freqs", rope_frequencies(c).to(device), persistent=False)
         # A trimmed draft's id -> target id; draft id 0 stands for every token it doesn't know and maps to -1.
         trimmed = c.target_vocab_size is not None
@@ -228,9 +232,15 @@ class Llama(nn.Module):
         end: a host-side bound on the slots in use, if the caller knows one. Returns hidden [B, T, dim] after the
         final norm.
         """
+        B, T = tokens.shape
+        if self.ops is kernels.TRITON and T <= kernels.MAX_ROWS < B * T:
+            # More rows than the kernels take: as many sequences at a time as fit, and each computes what it would alone.
+            n = kernels.MAX_ROWS // T
+            return torch.cat([self(*(x[i:i + n] for x in (tokens, positions, slots, prefix_len)), mask,
+                                   cache.part(i, i + n), end) for i in range(0, B, n)])
         if end is None:     # looking costs a sync on the GPU; there the whole capacity is the bound
             end = cache.capacity if tokens.is_cuda else int(slots.max()) + 1
-        ops = self.ops if tokens.numel() <= kernels.MAX_ROWS else kernels.TORCH     # many rows: cuBLAS is best
+        ops = self.ops if T <= kernels.MAX_ROWS else kernels.TORCH          # a long prefill chunk: cuBLAS is best
         visible, eps = ops.visibility(prefix_len, mask, end), self.config.norm_eps
         # x, the residual stream, travels with the sums of squares of its rows, which is all that RMSNorm must know.
         x, cos, sin, sums = ops.embed(tokens, positions, self.embed, self.freqs, 2 * len(self.layers) + 1)
@@ -244,7 +254,8 @@ class Llama(nn.Module):
 
     def logits(self, hidden):
         """hidden [..., dim] -> [..., V] float32."""
-        return (self.ops if hidden[..., 0].numel() <= kernels.MAX_ROWS else kernels.TORCH).head(hidden, self.head)
+        rows = hidden.flatten(0, -2).split(kernels.MAX_ROWS)
+        return torch.cat([self.ops.head(x, self.head) for x in rows]).view(*hidden.shape[:-1], -1)
 
     def run_with(self, ops=None, graphs=None):
         """Choose how this model runs: ops "torch" or "triton", CUDA graphs or not; None keeps what fits the device."""
@@ -261,8 +272,8 @@ class Llama(nn.Module):
         For drafts on a GPU: half the bytes to read, and what a draft gets wrong costs speed, never exactness. In plain
         torch it is slower, as the weights are widened in every forward. Such a model can't be saved.
         """
-        for module, names in ((self, ["head"]), *((layer, ["wqkv", "wo", "w_gate_up", "w_down"]) for layer in self.layers)):
-            for name in names:
+        for module in (self, *self.layers):
+            for name in ("head",) if module is self else ("wqkv", "wo", "w_gate_up", "w_down"):
                 weight = getattr(module, name)
                 delattr(module, name)                   # a parameter's place only takes parameters
                 setattr(module, name, kernels.Int8Weight.of(weight))
@@ -314,12 +325,10 @@ class Llama(nn.Module):
             done += view.numel() * view.element_size()
             if progress:
                 progress(done, total)
-        if model.d2t is not None:
-            known = model.d2t[1:]
-            if model.d2t[0] != -1 or known.min() < 0 or known.max() >= config.target_vocab_size or \
-                    len(known.unique()) < len(known):
-                raise UserError(f"{folder}: d2t must hold -1 and then different ids below {config.target_vocab_size}; "
-                                f"distil the draft again")
+        if model.d2t is not None and ((ids := model.d2t.tolist())[0] != -1 or len(set(ids)) < len(ids)
+                                      or not all(0 <= i < config.target_vocab_size for i in ids[1:])):
+            raise UserError(f"{folder}: d2t must hold -1 and then different ids below {config.target_vocab_size}; "
+                            f"distil the draft again")
         return model
 
     def save(self, folder):
@@ -376,18 +385,16 @@ def checkpoint_files(folder):
 def prefill(model, cache, prompts, chunk=512):
     """Fill the cache with all but the last token of each prompt; that one is the root of the first decoding step.
 
-    prompts: list of B token lists (model ids), not empty. Returns prefix_len [B] int64. Prompts of different lengths go
-    together: a shorter one's padding writes slots behind its prefix, which decoding overwrites before it looks.
+    prompts: list of B token lists (model ids), not empty. Returns prefix_len [B] int64. Sequence by sequence, so that
+    what is computed for a prompt doesn't depend on its batch.
     """
-    lengths = [len(prompt) - 1 for prompt in prompts]
-    longest = max(lengths)
-    padded = [prompt[:-1] + [0] * (longest - len(prompt) + 1) for prompt in prompts]
-    tokens = torch.tensor(padded, dtype=torch.int64).to(model.device)       # [B, longest]
-    B = len(prompts)
-    for start in range(0, longest, chunk):
-        T = min(chunk, longest - start)
-        positions = torch.arange(start, start + T, device=model.device).expand(B, T)
-        causal = torch.ones(T, T, dtype=torch.bool, device=model.device).tril()
-        prefix_len = torch.full((B,), start, device=model.device)
-        model(tokens[:, start:start + T], positions, positions, prefix_len, causal, cache, end=start + T)
-    return torch.tensor(lengths, dtype=torch.int64).to(model.device)
+    device = model.device
+    for b, prompt in enumerate(prompts):
+        tokens, own = torch.tensor([prompt[:-1]], dtype=torch.int64).to(device), cache.part(b, b + 1)
+        for start in range(0, len(prompt) - 1, chunk):
+            positions = torch.arange(start, min(start + chunk, len(prompt) - 1), device=device)[None]       # [1, T]
+            T = positions.shape[1]
+            causal = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+            prefix_len = torch.full((1,), start, device=device)
+            model(tokens[:, start:start + T], positions, positions, prefix_len, causal, own, end=start + T)
+    return torch.tensor([len(prompt) - 1 for prompt in prompts], dtype=torch.int64).to(device)

@@ -87,13 +87,15 @@ class Sampler:
     def choose(self, model, hidden, positions, n, ids=None):
         """The n best tokens by `scores`, as indices of the model's vocabulary: hidden [B, T, dim] -> [B, T, n].
 
-        Logits are written out only where a filter must see them all, or rows or tokens are too many for the kernel,
-        or the model is no Llama whose head it could read.
+        Logits are written out only where a filter must see them all, or more is asked for than the kernel gives, or the
+        model is no Llama whose head it could read.
         """
         filtered = not self.greedy and (self.top_k or self.top_p < 1)
-        if (not filtered and isinstance(model, Llama) and n <= kernels.MAX_BEST
-                and hidden[..., 0].numel() <= kernels.MAX_ROWS):
-            return model.ops.best(hidden, model.head, n, self.temperature, self.seeds, TARGET, positions, ids)
+        T = hidden.shape[1]
+        if not filtered and isinstance(model, Llama) and n <= kernels.MAX_BEST and T <= kernels.MAX_ROWS:
+            step = kernels.MAX_ROWS // T                                    # sequences that fit into one launch
+            return torch.cat([model.ops.best(x, model.head, n, self.temperature, seeds, TARGET, at, ids)
+                              for x, seeds, at in zip(*(y.split(step) for y in (hidden, self.seeds, positions)))])
         scores = self.scores(model.logits(hidden), positions, ids)
         if ids is not None:
             scores = scores.masked_fill(ids < 0, -torch.inf)                # "any other token" is no choice

@@ -14,6 +14,7 @@ import kernels
 from kernels import accept, commit, embed, head, launch, linear, tree_attention
 from kernels.linear import FIXED
 from model import KVCache, Llama, LlamaConfig
+from sampling import Sampler, Sampling
 from tree import Tree
 
 CUDA = torch.cuda.is_available()
@@ -223,6 +224,27 @@ def test_forward_matches_the_twins():
         depth = tree.node_depth[None]
         out.append(step(model, cache, [list(range(tree.size))], 70 + depth, 70 + torch.arange(tree.size)[None], [70], tree.mask))
     torch.testing.assert_close(*out, atol=1e-5, rtol=1e-5)
+
+
+def test_many_rows_go_in_groups(monkeypatch):
+    """A step of more rows than the kernels take is the same as its sequences in smaller batches, bit for bit."""
+    config = LlamaConfig(vocab_size=60, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=48)
+    model, tree, B = Llama.random(config, 1, DEVICE, torch.float32), Tree.chain(2, DEVICE), 5
+    model.ops = kernels.TRITON
+    sampler = Sampler(Sampling(0.8), list(range(B)), DEVICE)
+    cache = KVCache(config, B, 40, DEVICE, torch.float32)
+    cache.k.normal_()
+    start = torch.arange(B, device=DEVICE)[:, None] + 9
+    tokens = torch.randint(0, 60, (B, tree.size), device=DEVICE)
+    out = []
+    for most in (128, 7):                                               # all at once; two sequences at a time
+        monkeypatch.setattr(kernels, "MAX_ROWS", most)
+        hidden = model(tokens, start + tree.node_depth, start + tree.node_depth, start[:, 0], tree.ancestors, cache)
+        out.append((hidden, model.logits(hidden), sampler.choose(model, hidden, start + tree.node_depth, 3)))
+    if CUDA:
+        assert all(map(torch.equal, *out))
+    else:                                                               # the interpreter's products are numpy's
+        torch.testing.assert_close(*out, atol=1e-5, rtol=1e-5)
 
 
 def test_int8_model_is_its_own_rounding():

@@ -2,6 +2,7 @@
 
     python bench.py --json results/speculation_embedded.json                 the embedded pair
     python bench.py --target DIR --round-draft 5 --prompts FILE.jsonl --chat   a target with itself, rounded, as its draft
+    python bench.py --steps llama-3.1-8b,smollm2-135m --context 512          ms of single steps, random weights
     python bench.py --report                                                 README.md's tables from results/*.json
 
 What is counted: tokens per round (accepted ones and the bonus token, as given out), acceptance (per token looked at), hit
@@ -18,10 +19,13 @@ import torch
 from batch import Options, Stats
 from errors import UserError, exit_on_user_error
 from generate import WEIGHTS, FlagParser
-from model import Llama
+from graphs import Graphs
+from model import KVCache, Llama
 from saguaro import sd, ssd
-from sampling import Sampling
+from sampling import Sampler, Sampling
+from shapes import SHAPES
 from tokenizer import Tokenizer
+from tree import Tree
 
 RESULTS = Path(__file__).resolve().parent / "results"
 STARTS = "Once upon a time, there was", "One day,", "Long ago, near the sea, lived", "In a small town,"
@@ -78,6 +82,85 @@ def measure(target, draft, prompts, new_tokens, batch, small):
     return rows
 
 
+def copy_bandwidth(device, size=1 << 30):
+    """Bytes a second of a large copy, read and written: what memory gives here."""
+    a, b = (torch.empty(size if device.type == "cuda" else size >> 4, dtype=torch.uint8, device=device) for _ in range(2))
+    return 2 * a.numel() / median_seconds(lambda: b.copy_(a), device)[1]
+
+
+def median_seconds(run, device, repeats=50):
+    """(10th percentile, median, 90th percentile) of run() in seconds, by events on a GPU."""
+    times = []
+    for _ in range(repeats if device.type == "cuda" else 7):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        else:
+            began = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - began)
+    times.sort()
+    return times[len(times) // 10], times[len(times) // 2], times[-1 - len(times) // 10]
+
+
+@torch.inference_mode()
+def step_times(name, context, device, rows=(1, 8, 16, 32, 64)):
+    """Time decoding steps of one sequence over `rows` tokens: forward, head, choice. Returns a list of dicts.
+
+    One token is an AR step, more of them a verify step or, as branches, a draft step. The bytes are those of the weights,
+    without the embedding where it isn't the head, and of the K and V in context.
+    """
+    config, out = SHAPES[name], []
+    model = Llama(config, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    for p in model.parameters():
+        p.fill_(1.0) if p.dim() == 1 else p.normal_(0, p.shape[1] ** -0.5)
+    weights = sum(p.numel() for p in model.parameters()) - (0 if config.tie_embeddings else model.embed.numel())
+    cached = 2 * config.n_layers * config.n_kv_heads * config.head_dim * context
+    moved = (weights + cached) * model.embed.element_size()
+    cache = KVCache(config, 1, context + max(rows) + 1, device, model.dtype)
+    cache.k.normal_()
+    cache.v.normal_()
+    sampler, start = Sampler(Sampling(), [0], device), torch.full((1,), context, device=device)
+    for n in rows:
+        tree = Tree([-1] + [0] * (n - 1), device)               # a root and its children: every row counts the same
+        graphs, tokens = Graphs(model.graphs), torch.randint(0, config.vocab_size, (1, n), device=device)
+        positions, slots = start[:, None] + tree.node_depth, start[:, None] + torch.arange(n, device=device)
+
+        class Step:                                             # a method, as Graphs wants it
+            def run(self, tokens):
+                hidden = model(tokens, positions, slots, start, tree.ancestors, cache)
+                return sampler.choose(model, hidden, positions + 1, 1)
+        step = Step()
+        for _ in range(3):                                      # compile, record, replay
+            graphs(step.run, tokens)
+        low, mid, high = median_seconds(lambda: graphs(step.run, tokens), device)
+        out.append(dict(shape=name, rows=n, context=context, ms=mid * 1e3, ms_10=low * 1e3, ms_90=high * 1e3,
+                        bandwidth=moved / mid))
+    return out
+
+
+def steps(args):
+    """Print and return the step times of the shapes in --steps, beside the copy bandwidth."""
+    device = torch.device(args.device)
+    for name in args.steps.split(","):
+        if name not in SHAPES:
+            raise UserError(f"--steps {name}: unknown shape; expected some of {', '.join(SHAPES)}")
+    ceiling, rows = copy_bandwidth(device), []
+    print(f"copy: {ceiling / 1e12:.3f} TB/s (read and written)")
+    for name in args.steps.split(","):
+        for row in step_times(name, args.context, device):
+            rows.append(row)
+            print(f"{name}, context {args.context}, {row['rows']} tokens: {row['ms']:.3f} ms [{row['ms_10']:.3f}, "
+                  f"{row['ms_90']:.3f}], {row['bandwidth'] / 1e12:.3f} TB/s, {row['bandwidth'] / ceiling:.0%} of the copy",
+                  flush=True)
+    return dict(what=f"Steps with random weights on {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}",
+                copy_bandwidth=ceiling, rows=rows, torch=torch.__version__)
+
+
 def report():
     """Write the table of each results file between its markers in README.md."""
     readme = Path(__file__).resolve().parent / "README.md"
@@ -115,10 +198,17 @@ def main(argv=None):
     add("--small", action="store_true", help="fewer fan-out budgets")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", metavar="FILE", help="write the measurements there")
+    add("--steps", metavar="SHAPES", help=f"time single steps of {', '.join(SHAPES)} with random weights, and stop")
+    add("--context", type=int, default=512, metavar="N", help="tokens in the cache, for --steps (default 512)")
     add("--report", action="store_true", help="write README.md's tables from results/ and stop")
     args = parser.parse_args(argv)
     if args.report:
         return report()
+    if args.steps:
+        result = steps(args)
+        if args.json:
+            Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        return
     if args.target is not None and args.draft is None and args.round_draft is None:
         raise UserError("--target needs a draft: give --draft DIR or --round-draft BITS")
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
@@ -136,7 +226,7 @@ def main(argv=None):
     who = "The embedded pair" if args.target is None else Path(folder).resolve().name + \
         (f", its draft itself rounded to {args.round_draft} bits" if args.round_draft else "")
     flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {Path(str(value)).name}")
-             for name, value in vars(args).items() if value not in (None, False) and name not in ("json", "device")]
+             for name, value in vars(args).items() if value not in (None, False) and name not in ("json", "device", "context")]
     result = dict(what=f"{who}, {len(texts)} prompts, {args.max_new_tokens} new tokens, {str(dtype)[6:]}; K = 6 and "
                        f"budget 16 where not said otherwise", command="python bench.py " + " ".join(flags), rows=rows,
                   torch=torch.__version__, python=platform.python_version(), device=args.device)

@@ -943,3 +943,16 @@ def test_requests_that_do_not_fit():
 
 if __name__ == "__main__":
     record_goldens()
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2, 3], [-1, 1, 1, 2], [-1, 1, 2, 9], [-1, 1, 2, -2]])
+def test_bad_d2t_is_refused(tmp_path, ids):
+    config = LlamaConfig(vocab_size=4, dim=16, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=16, ffn_dim=16, target_vocab_size=9)
+    model = Llama.random(config)
+    model.d2t.copy_(torch.tensor([-1, 8, 2, 0]))
+    model.save(tmp_path)
+    assert Llama.load(tmp_path).d2t.tolist() == [-1, 8, 2, 0]
+    model.d2t.copy_(torch.tensor(ids))
+    model.save(tmp_path)
+    with pytest.raises(UserError, match="d2t must hold -1 and then different ids below 9"):
+        Llama.load(tmp_path)

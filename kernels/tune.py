@@ -16,20 +16,18 @@ from kernels import launch
 from kernels.head import best
 from kernels.launch import Blocks, Int8Weight
 from kernels.linear import linear, qkv_rope, swiglu_linear
+from shapes import SHAPES
 
 L2_BYTES = 300e6        # weights to rotate over: several times any L2 cache
-SHAPES = {              # dim, heads, kv heads, head_dim, ffn, vocabulary
-    "llama-3.1-8b": (4096, 32, 8, 128, 14336, 128256),
-    "llama-3.2-1b": (2048, 32, 8, 64, 8192, 128256),
-    "smollm2-135m": (576, 9, 3, 64, 1536, 49152),
-}
 
 
 def operations(shape):
     """(op, N, K, head_dim, kv heads) of a layer's linears and the head."""
-    dim, heads, kv, head_dim, ffn, vocab = SHAPES[shape]
-    return [("qkv", (heads + 2 * kv) * head_dim, dim, head_dim, kv), ("linear", dim, heads * head_dim, 0, 0),
-            ("swiglu", 2 * ffn, dim, 0, 0), ("linear", dim, ffn, 0, 0), ("best", vocab, dim, 0, 0)]
+    c = SHAPES[shape]
+    heads = c.n_heads * c.head_dim
+    return [("qkv", heads + 2 * c.n_kv_heads * c.head_dim, c.dim, c.head_dim, c.n_kv_heads),
+            ("linear", c.dim, heads, 0, 0), ("swiglu", 2 * c.ffn_dim, c.dim, 0, 0),
+            ("linear", c.dim, c.ffn_dim, 0, 0), ("best", c.vocab_size, c.dim, 0, 0)]
 
 
 def candidates(op, N, K, head_dim, element_size):

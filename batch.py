@@ -44,6 +44,10 @@ class Options:
             if bad:
                 raise UserError(message)
 
+    def residual(self, sampler):
+        """Whether rejection sampling is at work: greedy decoding has nothing to sample."""
+        return self.accept == "residual" and not sampler.greedy
+
     def widths(self):
         """The --tree option: None (chain), an int (nodes of the best tree) or a list (children per depth)."""
         if self.tree is None:

@@ -97,7 +97,7 @@ class Drafter:
         room: cache slots for prompt, new tokens and speculation.
         """
         self.model, self.sampler, self.options, self.stats = model, sampler, options, stats
-        self.residual = options.accept == "residual" and not sampler.greedy
+        self.residual = options.residual(sampler)
         self.graphs = Graphs(getattr(model, "graphs", False))
         history = torch.zeros(len(prompts), room, dtype=torch.int64)
         for row, prompt in zip(history, prompts):

@@ -174,9 +174,10 @@ class KVCache:
 
     def keep(self, rows):
         """Go on with the sequences `rows` (list of int, ascending) alone; later steps cost nothing for the others."""
+        index = torch.tensor(rows, device=self.k.device)
         for cache in (self.k, self.v):
             for layer in cache:                                             # a layer at a time bounds the temporary
-                layer[:len(rows)] = layer[rows]
+                layer[:len(rows)] = layer[index]
         self.k, self.v = self.k[:, :len(rows)], self.v[:, :len(rows)]
 
 

@@ -181,7 +181,7 @@ class Target:
     """The target model with its KV cache for B sequences: verifies a speculation in one forward."""
 
     def __init__(self, model, prompts, sampler, room, residual=False):
-        self.model, self.sampler, self.residual = model, sampler, residual and not sampler.greedy
+        self.model, self.sampler, self.residual = model, sampler, residual
         self.graphs = Graphs(getattr(model, "graphs", False))
         self.cache = KVCache(model.config, len(prompts), room, model.device, model.dtype)
         self.prefix_len = prefill(model, self.cache, prompts)               # [B]
@@ -249,7 +249,7 @@ def sd(target_model, draft_model, prompts, max_new_tokens, sampling, options, st
     batch = Batch(target_model, prompts, max_new_tokens, sampling, stop_ids, seeds, stats, draft_model)
     tree, _ = make_plan(options, batch.stats, draft_model)
     room = batch.length + 2 * tree.size                                 # an overshoot and the trunk
-    target = Target(target_model, prompts, batch.sampler, room, options.accept == "residual")
+    target = Target(target_model, prompts, batch.sampler, room, options.residual(batch.sampler))
     drafter = Drafter(draft_model, prompts, tree, None, batch.sampler, options, room, batch.stats)
     root, previous = batch.root, None
     batch.prefilled()
@@ -280,7 +280,7 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
     batch = Batch(target_model, prompts, max_new_tokens, sampling, stop_ids, seeds, stats, draft_model)
     tree, fan = make_plan(options, batch.stats, draft_model)
     room = batch.length + tree.size * (options.fanout_budget + 2)       # an overshoot, the trunk and the branches
-    target = Target(target_model, prompts, batch.sampler, batch.length + 2 * tree.size, options.accept == "residual")
+    target = Target(target_model, prompts, batch.sampler, batch.length + 2 * tree.size, options.residual(batch.sampler))
     drafter = Drafter(draft_model, prompts, tree, fan, batch.sampler, options, room, batch.stats)
     batch.prefilled()
     spec, glue = drafter.speculate(batch.root), False           # round 1: the speculation cache is empty

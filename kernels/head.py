@@ -11,7 +11,7 @@ import triton.language as tl
 
 from kernels.launch import Launch, dense, launch_options, pdl, prefetch, wait_for_inputs
 from kernels.linear import linear, product, weight_scale
-from kernels.noise import gumbel_ref, mix32, mix32_key
+from kernels.noise import gumbel32, gumbel_ref
 
 
 def head_ref(hidden, w):
@@ -69,12 +69,9 @@ def best_kernel(x_ptr, w_ptr, scale_ptr, seed_ptr, position_ptr, id_ptr, value_p
         if IDS:
             ids = tl.load(id_ptr + rows, mask=rows < N, other=-1)
         if NOISE:
-            key = mix32_key(tl.load(seed_ptr + m // T, mask=live, other=0), stream,
-                            tl.load(position_ptr + m, mask=live, other=0))                  # [BM] uint32
-            h = mix32(key[None, :] ^ mix32((ids + 0x85EBCA6B).to(tl.uint32))[:, None])
-            u = tl.minimum((h.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 1 - 5.960464477539063e-08)
-            race = tl.where(u < 1e-3, u * (1 + u * (0.5 + u * 0.3333333)), -tl.log(1 - u))      # -log(1 - u)
-            scores = scores / temperature - tl.log(race)
+            seed = tl.load(seed_ptr + m // T, mask=live, other=0)
+            position = tl.load(position_ptr + m, mask=live, other=0)
+            scores = scores / temperature + gumbel32(seed, stream, position, ids)
         scores = tl.where((rows < N)[:, None] & (ids >= 0)[:, None], scores, float("-inf"))
         order = tl.arange(0, BN)[:, None]
         for i in tl.static_range(n):

@@ -10,6 +10,7 @@ import triton.language as tl
 
 TARGET, DRAFT, ACCEPT = 0, 1, 2     # streams: the shared sampling noise, a draft's private noise, accept/reject coins
 MASK = 0xFFFFFFFF
+POSITION_SALT, ID_SALT = tl.constexpr(0x9E3779B9), tl.constexpr(0x85EBCA6B)     # so that position 7 isn't token 7
 
 
 def mix(h):
@@ -28,10 +29,14 @@ def mix32(h):
 
 
 @triton.jit
-def mix32_key(seed, stream, position):
-    """The key of (seed, stream, position), as `uniform_ref` makes it."""
-    key = mix32(((seed >> 32).to(tl.uint32)) ^ mix32((stream + 1).to(tl.uint32)))
-    return mix32(mix32(seed.to(tl.uint32) ^ key) ^ mix32((position + 0x9E3779B9).to(tl.uint32)))
+def gumbel32(seed, stream, position, ids):
+    """`gumbel_ref` in Triton: seed, position [M] int64 of M rows, ids [N] int64 -> [N, M] fp32, bit-equal hashes."""
+    key = mix32((seed >> 32).to(tl.uint32) ^ mix32((stream + 1).to(tl.uint32)))
+    key = mix32(mix32(seed.to(tl.uint32) ^ key) ^ mix32((position + POSITION_SALT).to(tl.uint32)))          # [M]
+    h = mix32(key[None, :] ^ mix32((ids + ID_SALT).to(tl.uint32))[:, None])                                 # [N, M]
+    u = tl.minimum((h.to(tl.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
+    race = tl.where(u < 1e-3, u * (1 + u * (0.5 + u * 0.3333333)), -tl.log(1 - u))                          # -log1p(-u)
+    return -tl.log(race)
 
 
 def uniform_ref(seeds, stream, positions, ids):
@@ -40,8 +45,8 @@ def uniform_ref(seeds, stream, positions, ids):
     seeds [B] int64, positions [B, T] int64, ids [..., n] int64 broadcast against [B, T, n] -> [B, T, n] float32.
     """
     key = mix((seeds & MASK) ^ mix(((seeds >> 32) & MASK) ^ mix(torch.full_like(seeds, stream + 1))))   # [B]
-    key = mix(key[:, None] ^ mix(positions + 0x9E3779B9 & MASK))                                        # [B, T]
-    h = mix(key[:, :, None] ^ mix(ids + 0x85EBCA6B & MASK))                                             # [B, T, n]
+    key = mix(key[:, None] ^ mix(positions + POSITION_SALT.value & MASK))                                        # [B, T]
+    h = mix(key[:, :, None] ^ mix(ids + ID_SALT.value & MASK))                                             # [B, T, n]
     return ((h.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
 
 

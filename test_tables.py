@@ -167,18 +167,28 @@ CASES = {                               # name: (loop, options, what else `gener
 }
 
 
-def judge_case(name):
+def judge_case(name, **changed):
     loop, options, more = CASES[name]
+    more = more | changed
     return judge(generate(loop, Options(**options), **more), more.get("sampling", Sampling(1.0)))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_lossless(name):
-    result = judge_case(name)
+def check_lossless(name, result):
     miss = "fast" if "fast" in name else "neural"
     groups = [miss] if name.startswith("sd") else ["hit", miss]             # in sd every speculation is a "miss"
     assert all(f"{group}: pairs" in result and f"{group}: token 0" in result for group in groups), result
     assert min(result.values()) > GREEN, result
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_lossless(name):
+    check_lossless(name, judge_case(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_lossless_in_200_000_samples(name):
+    check_lossless(name, judge_case(name, size=4000, new=52))
 
 
 @pytest.mark.parametrize("name", ("sd tree", "ssd tree C=0.5", "ssd geometric", "ssd tree fast"))

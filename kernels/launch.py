@@ -54,21 +54,23 @@ SM90 = {
 }
 
 
-WIDE = 4 << 20                          # elements of a weight from which more than 16 rows of x want wide programs
-WIDE_BLOCKS = Blocks(128, 64, 4, 4)
+# More than 16 rows: every program reads all of x, so its weight's rows must be many, or x is what moves most. Measured at 64.
+SM90_WIDE = {
+    (6144, 4096): Blocks(64, 64, 4, 4), (4096, 4096): Blocks(32, 128, 4, 4), (28672, 4096): Blocks(128, 64, 4, 4),
+    (4096, 14336): Blocks(64, 128, 3, 4, 2), (128256, 4096): Blocks(64, 64, 4, 4),                      # Llama 3.1 8B
+}
 
 
 def blocks_for(N, K, rows=1):
-    """Block shapes for a weight [N, K] and a number of rows of x."""
-    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and (N, K) in SM90:
-        blocks = SM90[N, K]
-    else:
-        BK = min(256 if K >= 2048 else 128, max(16, triton.next_power_of_2(K)))
-        blocks = Blocks(64 if N >= 16384 else 32, BK, 4, 4, 2 if N <= 4096 <= K else 1)
-    if rows > 16 and N * K >= WIDE:
-        # Every program reads all of x: with many rows of it, only wide programs keep that below the weight's bytes.
-        return WIDE_BLOCKS._replace(BN=128 if N * blocks.split >= 128 * 128 else 64, split=blocks.split)
-    return blocks
+    """Block shapes for a weight [N, K] and a number of rows of x. `split` is the same for any number of rows."""
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    BK = min(256 if K >= 2048 else 128, max(16, triton.next_power_of_2(K)))
+    rule = Blocks(64 if N >= 16384 else 32, BK, 4, 4, 2 if N <= 4096 <= K else 1)
+    narrow = SM90.get((N, K), rule) if hopper else rule
+    if rows <= 16 or N * K < 4 << 20:
+        return narrow
+    wide = Blocks(128 if N >= 16384 else 64, 64, 4, 4, narrow.split)
+    return SM90_WIDE.get((N, K), wide) if hopper else wide
 
 
 class Launch:

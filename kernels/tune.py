@@ -32,14 +32,14 @@ def operations(shape):
 
 def candidates(op, N, K, head_dim, element_size):
     """Block shapes worth trying: tiles in flight of 32 to 200 KB, a grid that isn't tiny."""
-    for BN, BK, stages, warps, split in itertools.product((16, 32, 64, 128), (64, 128, 256, 512), (2, 3, 4, 5, 6), (4, 8),
-                                                          (1, 2, 4)):
+    for BN, BK, stages, warps, split in itertools.product((16, 32, 64, 128), (64, 128, 256, 512), (2, 3, 4, 5, 6, 9),
+                                                          (1, 2, 4, 8), (1, 2, 4)):
         flight, programs, steps = BN * BK * element_size * stages, -(-N // BN) * split, -(-K // BK // split)
         small = N * K < 4e6                         # latency counts there, not bytes in flight
         if (not (8e3 if small else 48e3) < flight < 115e3 or stages > max(2, steps) or BK > K or head_dim and BN > head_dim
                 or split > 1 and (op != "linear" or programs > 600 or steps < 2) or programs < (24 if small else 90)
                 or BN > 32 and programs > 4200 or BN < 64 and N > 100000 or (warps == 8) != (BN * BK >= 64 * 256)
-                or K % BK and not small):
+                or K % BK and not small or (stages in (2, 4, 6) if small else stages > 6 or warps < 4)):
             continue
         yield Blocks(BN, BK, stages, warps, split)
 
@@ -66,7 +66,7 @@ def workload(op, N, K, head_dim, kv, rows, int8, copies):
 
 def compile_one(job):
     (op, N, K, head_dim, kv), blocks, rows, int8 = job
-    launch.SM90[N, K] = blocks
+    (launch.SM90 if rows <= 16 else launch.SM90_WIDE)[N, K] = blocks
     try:
         workload(op, N, K, head_dim, kv, rows, int8, 1)(0)
         torch.cuda.synchronize()
@@ -97,7 +97,7 @@ def microseconds(run, launches=24, repeats=7):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default=",".join(SHAPES))
-    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=8, help="rows of x (default 8); above 16 it is the table of wide blocks")
     parser.add_argument("--int8", action="store_true")
     parser.add_argument("--json", help="write every measurement to this file")
     args = parser.parse_args()
@@ -117,7 +117,7 @@ def main():
         run = workload(*operation, args.rows, args.int8, copies)
         results = []
         for b in blocks:
-            launch.SM90[N, K] = b
+            (launch.SM90 if args.rows <= 16 else launch.SM90_WIDE)[N, K] = b
             results.append((microseconds(run), b))
             everything.append(dict(shape=shape, op=op, N=N, K=K, blocks=b, us=results[-1][0]))
         results.sort()
@@ -126,7 +126,7 @@ def main():
                                                     for us, b in results[:4]), flush=True)
         del run
         torch.cuda.empty_cache()
-    print("SM90 = {")
+    print("SM90 = {" if args.rows <= 16 else "SM90_WIDE = {")
     for (N, K), b in table.items():
         print(f"    ({N}, {K}): Blocks{tuple(b)},")
     print("}")

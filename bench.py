@@ -430,7 +430,7 @@ def main(argv=None):
                         f"--fanout-budget.") from None
     if work is not speed:
         print("\n" + report.tables(result), end="")
-    for path, text in ((args.json, json.dumps(result, indent=1) + "\n"), (args.plot, args.plot and plot(result))):
+    for path, text in ((args.json, json.dumps(result, indent=1) + "\n"), (args.plot, plot(result))):
         if path:
             try:
                 Path(path).write_text(text, encoding="utf-8")

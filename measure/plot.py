@@ -9,7 +9,7 @@ WIDTH, LEFT, RIGHT = 780, 170, 30
 CLASS = {"ar": "ar", "sd": "sd", "ssd": "ssd"}          # colours by mode; others are grey
 STYLE = """
 text { font: 13px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #24292f }
-.title { font-size: 15px; font-weight: 600 } .small { font-size: 11px; fill: #6e7781 } .on { fill: #ffffff; font-size: 11px }
+.title { font-size: 15px; font-weight: 600 } .small { font-size: 11px; fill: #6e7781 } .on { fill: #ffffff; font-size: 11px } .lane { font-size: 11px }
 .back { fill: #ffffff } .grid { stroke: #d8dee4; stroke-width: 1 } .whisker { stroke: #24292f; stroke-width: 1.2 }
 .ar { fill: #6e7781 } .sd { fill: #1f6feb } .ssd { fill: #d9480f } .two { fill: #2b8a3e } .other { fill: #8c959f }
 .line { fill: none; stroke-width: 2.2 } .line.ar { stroke: #6e7781 } .line.sd { stroke: #1f6feb }
@@ -80,12 +80,12 @@ def bars(canvas, modes):
     canvas.y = bottom + 34
 
 
-def timeline(canvas, parts, hit_rate):
+def timeline(canvas, parts):
     """What runs when: ar, sd, and ssd with a hit and then a miss, from the times of the parts."""
     ms = {name: 1e3 * parts[name] for name in ("ar", "verify", "draft", "branches", "together")}
     k, together = parts["k"], max(ms["together"], ms["verify"])
     drafting, end = k * ms["draft"], 2 * max(ms["together"], ms["verify"]) + k * ms["draft"]
-    marks = ticks(end)
+    marks = ticks(end, 8)
     scale = (WIDTH - LEFT - RIGHT) / marks[-1]
     lanes = [("ar: target", "ar", []), ("sd: draft", "sd", []), ("sd: target", "sd", []), ("ssd: draft", "ssd", []),
              ("ssd: target", "ssd", [])]
@@ -109,15 +109,15 @@ def timeline(canvas, parts, hit_rate):
         for start, length, what, pale in boxes:
             canvas.rect(LEFT + start * scale, y, length * scale - 1.5, 20, f"{kind} {pale}", f"{what}: {length:.3f} ms")
             if length * scale > 7 * len(what):
-                canvas.text(LEFT + (start + length / 2) * scale, y + 14, what, "on" if not pale else "small lane", "middle")
+                canvas.text(LEFT + (start + length / 2) * scale, y + 14, what, "on" if not pale else "lane", "middle")
     canvas.text(WIDTH - RIGHT, bottom + 28, "ms", "small", "end")
     canvas.y = bottom + 44
 
 
-def lines(canvas, left, width, height, series, ends, percent=False):
-    """Lines over a common x axis: series [(label, kind, [(x, y)])]; ends: labels of the axes."""
+def lines(canvas, left, width, height, series, ends, top=None, percent=False):
+    """Lines over a common x axis: series [(label, kind, [(x, y)])]; ends: labels of the axes; top: the least height of y."""
     xs = sorted({x for _, _, points in series for x, _ in points})
-    marks = [0, .2, .4, .6, .8, 1] if percent else ticks(max(y for _, _, points in series for _, y in points), 4)
+    marks = [0, .2, .4, .6, .8, 1] if percent else ticks(max([y for _, _, points in series for _, y in points] + [top or 0]), 4)
     place = lambda x: left + width * xs.index(x) / max(1, len(xs) - 1)
     rise = lambda y: canvas.y + height - height * y / marks[-1]
     for mark in marks:
@@ -164,7 +164,7 @@ def speed_plot(result):
         bars(canvas, plain)
         if "parts" in head:
             canvas.title("What runs when", "each part timed alone, ssd's with the other model beside it; ssd: a hit, then a miss")
-            timeline(canvas, head["parts"], None)
+            timeline(canvas, head["parts"])
         panels = [(swept(head["modes"], what), x, y, field) for what, x, y, field in (
             ("k", "lookahead K", "tok/s", "tok_s"), ("tree", "tokens in the tree", "tok/s", "tok_s"),
             ("fanout_budget", "outcomes guessed", "tok/s", "tok_s"), ("fanout_budget", "outcomes guessed", "hit rate", "hit_rate"))]
@@ -187,6 +187,7 @@ def predict_plot(result):
                  f"{result['card']['device']}, {result['dtype']}, context {result['context']}; the best K and fan-out at each point")
     legend(canvas, [("sd", "sd"), ("ssd, one GPU", "ssd"), ("ssd, draft on a second GPU", "two")])
     drafts = list(dict.fromkeys(r["draft"] for r in result["rows"]))
+    top = max(max(r["sd"]["sd"], r["one"]["ssd"], r["two"]["ssd"]) for r in result["rows"])
     for i in range(0, len(drafts), 2):
         canvas.y += 22
         for j, draft in enumerate(drafts[i:i + 2]):
@@ -194,13 +195,17 @@ def predict_plot(result):
             series = [(label, kind, [(r["rate"], r[plan][mode]) for r in rows]) for label, kind, plan, mode in (
                 ("sd", "sd", "sd", "sd"), ("ssd", "ssd", "one", "ssd"), ("ssd, two GPUs", "two", "two", "ssd"))]
             canvas.text(60 + j * 380 + 150, canvas.y - 10, f"draft {draft}", "", "middle")
-            lines(canvas, 60 + j * 380, 300, 150, series, ("acceptance per token", "x ar"))
+            lines(canvas, 60 + j * 380, 300, 150, series, ("acceptance per token", "x ar"), top)
         canvas.y += 200
     return canvas.svg()
 
 
 def speculation_plot(result):
     """Hit rate by fan-out, where several budgets were measured."""
+    budget = lambda row: int(row["row"].split("budget ")[1].split(",")[0])
+    fanouts = [r for r in result["rows"] if r["table"] == "fan-out"]
+    if len({budget(r) for r in fanouts}) < 2:
+        return ""
     canvas = Canvas()
     canvas.title("Hit rate by the number of outcomes guessed", result["what"].split(";")[0])
     legend(canvas, [("uniform", "ar"), ("geometric", "sd"), ("auto", "ssd")])
@@ -208,8 +213,8 @@ def speculation_plot(result):
     for j, temperature in enumerate(("0.0", "1.0")):
         series = []
         for fanout, kind in (("uniform", "ar"), ("geometric", "sd"), ("auto", "ssd")):
-            points = [(int(r["row"].split("budget ")[1].split(",")[0]), r["hit_rate"]) for r in result["rows"]
-                      if r["table"] == "fan-out" and r["row"].startswith(f"T = {temperature}") and r["row"].endswith(fanout)]
+            points = [(budget(r), r["hit_rate"]) for r in fanouts
+                      if r["row"].startswith(f"T = {temperature}") and r["row"].endswith(fanout)]
             series.append((fanout, kind, points))
         canvas.text(60 + j * 380 + 150, canvas.y - 10, f"temperature {float(temperature):g}", "", "middle")
         lines(canvas, 60 + j * 380, 300, 150, series, ("outcomes guessed", "hit rate"), percent=True)
@@ -221,5 +226,5 @@ PLOTS = {"speed": speed_plot, "predict": predict_plot, "speculation": speculatio
 
 
 def plot(result):
-    """The SVG text of a result; its kind must be in PLOTS."""
-    return PLOTS[result["kind"]](result)
+    """The SVG text of a result; empty if there is nothing to draw."""
+    return PLOTS[result["kind"]](result) if result["kind"] in PLOTS else ""

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from errors import UserError
-from measure.plot import PLOTS, plot
+from measure.plot import plot
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, README = ROOT / "results", ROOT / "README.md"
@@ -139,7 +139,7 @@ def block(path):
     """What README.md says between the markers of a results file."""
     result = json.loads(path.read_text(encoding="utf-8"))
     text = f"Command: `{result['command']} --json results/{path.name}`\n\n" + tables(result)
-    return text + (f"\n![{path.stem}](results/{path.stem}.svg)\n" if result["kind"] in PLOTS else "")
+    return text + (f"\n![{path.stem}](results/{path.stem}.svg)\n" if plot(result) else "")
 
 
 def shown(readme):
@@ -157,6 +157,6 @@ def write():
             raise UserError(f"README.md: {begin.strip()} without {end}")
         text = head + begin + block(path) + end + rest.split(end, 1)[1]
         result = json.loads(path.read_text(encoding="utf-8"))
-        if result["kind"] in PLOTS:
-            path.with_suffix(".svg").write_text(plot(result), encoding="utf-8")
+        if drawn := plot(result):
+            path.with_suffix(".svg").write_text(drawn, encoding="utf-8")
     README.write_text(text, encoding="utf-8")

@@ -1,5 +1,6 @@
 """Options, measurements and the bookkeeping of a batch: what the loops of saguaro.py need and the algorithm doesn't."""
 import itertools
+import operator
 import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from errors import UserError
+from graphs import ReadBack
 from kernels import MAX_ROWS
 from sampling import Sampler
 
@@ -26,11 +28,7 @@ class Options:
 
     def check(self):
         """Raise UserError if a value is out of range."""
-        widths = self.widths()
-        n, nodes = 1, 0
-        for width in widths if isinstance(widths, list) else []:
-            nodes, n = nodes + n * width, n * width
-        nodes = widths if isinstance(widths, int) else nodes if widths else self.k
+        nodes = self.most_nodes() - 1
         for bad, message in (
             (self.k < 1, f"--k (the lookahead K) must be at least 1, got {self.k}"),
             (nodes > MAX_NODES, f"the speculation (--k or --tree) has {nodes} tokens; at most {MAX_NODES} are supported"),
@@ -47,6 +45,11 @@ class Options:
     def residual(self, sampler):
         """Whether rejection sampling is at work: greedy decoding has nothing to sample."""
         return self.accept == "residual" and not sampler.greedy
+
+    def most_nodes(self):
+        """Most nodes of a tree, its root included."""
+        widths = self.widths()
+        return 1 + (widths if isinstance(widths, int) else sum(itertools.accumulate(widths, operator.mul)) if widths else self.k)
 
     def widths(self):
         """The --tree option: None (chain), an int (nodes of the best tree) or a list (children per depth)."""
@@ -166,80 +169,95 @@ class Batch:
         self.length = max(len(prompt) + new for prompt, new in zip(prompts, self.left))
         self.sampler = Sampler(sampling, [sampling.seed] * len(prompts) if seeds is None else seeds, target.device)
         self.root = torch.tensor([prompt[-1] for prompt in prompts]).to(target.device)      # [B]
-        self.sources = ["neural"] * len(prompts)    # where each live sequence's speculation came from
+        self.sources = ["neural"] * len(prompts)    # where each sequence's speculation came from
         self.kind = None                            # SSD: "hit", or the backup that this round waited for
+        self.read_back, self.posted = ReadBack(depth=2), []
+        self.ahead = 1 if target.device.type == "cuda" else 0       # rounds that may run before their predecessor is read
 
     def prefilled(self):
-        now = time.perf_counter()
-        self.stats.prefill_seconds += now - self.started
-        self.resumed = now
+        self.began = self.last = time.perf_counter()
+        self.stats.prefill_seconds += self.began - self.started
 
-    def finish_round(self, tree, spec, verdict, drafter=None, hit=None, branch=None):
-        """Read the outcome back (the one host sync of a round), count it, and cut the text to what is wanted.
+    def post(self, *tensors):
+        """Send a round's outcome on its way to the host: report [B, 2D+5] and, in SSD, found [B, 2]."""
+        self.posted.append(self.read_back.post(*tensors))
 
-        drafter, hit [B], branch [B]: in SSD, what the lookup found. Returns (chunks, rows that go on, whether each of
-        them hit).
+    def outcomes(self, tree, ahead=None):
+        """Yield the chunks of the rounds that are due: all but `ahead`, or all as soon as some sequence has ended."""
+        while len(self.posted) > (self.ahead if ahead is None and all(self.left) else 0):
+            chunks, _ = self.finish_round(tree)
+            if chunks:
+                yield chunks
+
+    def finish_round(self, tree, drafter=None):
+        """Wait for the oldest outcome posted (the one host sync of a round), count it, and cut the text to what is wanted.
+
+        Returns (chunks, whether each sequence hit). drafter: SSD's, whose guesses are counted.
         """
         stats, D = self.stats, tree.depth
-        tokens = spec.tokens.gather(1, verdict.path)[:, 1:]                                         # [B, D]
-        offered = ((tree.parent == verdict.path[:, -1:]) & (spec.tokens >= 0)).any(1)               # could it reject?
-        nothing = torch.zeros_like(verdict.length)
-        columns = [verdict.length, verdict.bonus, offered, nothing if hit is None else hit,
-                   nothing if branch is None else branch]
-        table = torch.cat([tokens, verdict.path, torch.stack([c.long() for c in columns], 1)], 1).tolist()
-        chunks, rows, hits = [], [], []
-        for row, (sequence, source, line) in enumerate(zip(self.live, self.sources, table)):
-            drafted, path, (k, bonus, rejected_one, found, found_branch) = line[:D], line[D:2 * D + 1], line[2 * D + 1:]
-            new, node = drafted[:k] + [bonus], path[k]
+        report, found = (*self.posted.pop(0)(), None)[:2]
+        chunks, hits, lookups = [], [], []
+        for row, line in enumerate(report):
+            hit, branch = found[row] if found else (0, 0)
+            hits.append(bool(hit))
+            if not self.left[row]:                  # ended in the round before, when this one ran already
+                continue
+            drafted, path, (k, bonus, rejected_one) = line[1:D + 1], line[D + 1:2 * D + 2], line[2 * D + 2:]
+            new, node, source = drafted[:k] + [bonus], path[k], self.sources[row]
             cut = next((j + 1 for j, token in enumerate(new) if token in self.stop_ids), len(new))
             cut = min(cut, self.left[row])
             self.left[row] = 0 if new[cut - 1] in self.stop_ids else self.left[row] - cut
-            origin = "accepted-hit" if source == "hit" else "accepted-miss"
-            chunks.append(Chunk(sequence, new[:cut], ([origin] * k + ["bonus"])[:cut]))
             goes_on = self.left[row] > 0
-            if goes_on:
-                rows.append(row)
-                hits.append(bool(found))
+            origin = "accepted-hit" if source == "hit" else "accepted-miss"
+            chunks.append(Chunk(self.live[row], new[:cut], ([origin] * k + ["bonus"])[:cut]))
             stats.tokens += cut
             stats.accepted += k
             stats.tested += k + rejected_one
             stats.add(stats.sources, source, k + 1)
             guesses = [0] * tree.size if drafter is None else drafter.counts
-            if source != "fast":                # only then are the tree's tokens the draft's choices
+            if source != "fast":                    # only then are the tree's tokens the draft's choices
                 stats.stops[node] = stats.stops.get(node, 0) + 1
-                stats.count_choices(tree, path[:k + 1], guesses, drafter.branch_choice[found_branch] if found else None)
+                stats.count_choices(tree, path[:k + 1], guesses, drafter.branch_choice[branch] if hit else None)
             if drafter is not None and goes_on:
-                stats.add(stats.misses, guesses[node], not found)
-            if stats.trace is not None:         # `accepted` is what was verified, `tokens` what was given out of it
-                stats.trace.append(dict(round=stats.rounds, sequence=sequence, source=source, accepted=k, node=node,
-                                        tested=k + rejected_one, tokens=new[:cut], lookup=bool(found) if goes_on else None))
-        stats.rounds += 1
-        stats.sequence_rounds += len(table)
+                stats.add(stats.misses, guesses[node], not hit)
+                lookups.append(bool(hit))
+            if stats.trace is not None:             # `accepted` is what was verified, `tokens` what was given out of it
+                stats.trace.append(dict(round=stats.rounds, sequence=self.live[row], source=source, accepted=k, node=node,
+                                        tested=k + rejected_one, tokens=new[:cut], lookup=bool(hit) if goes_on else None))
         if drafter is not None:
-            stats.lookups += len(hits)
-            stats.hits += sum(hits)
-            stats.batch_lookups += bool(hits)
-            stats.batch_hits += bool(hits) and all(hits)
-        stats.seconds += time.perf_counter() - self.resumed
-        if self.kind is not None:
-            stats.add(stats.waits, self.kind, time.perf_counter() - self.resumed)
-        return chunks, rows, hits
-
-    def resume(self):
-        """The caller wants the next round: what it did with the last one is not our time."""
-        self.resumed = time.perf_counter()
+            stats.lookups += len(lookups)
+            stats.hits += sum(lookups)
+            stats.batch_lookups += bool(lookups)
+            stats.batch_hits += bool(lookups) and all(lookups)
+        if chunks:
+            now = time.perf_counter()
+            stats.rounds += 1
+            stats.sequence_rounds += len(chunks)
+            stats.seconds += now - self.last
+            if self.kind is not None:
+                stats.add(stats.waits, self.kind, now - self.last)
+            self.last = now
+        return chunks, hits
 
     def start_round(self, hits, backup):
         """Note where the speculations of the coming round come from, and what that round waits for."""
         self.sources = ["hit" if hit else backup for hit in hits]
         self.kind = "hit" if all(hits) else backup
 
-    def drop_finished(self, rows, *parts):
-        """Go on with `rows` only, in all parts: a finished sequence costs nothing any more."""
-        for part in (self.sampler, *parts):
-            part.keep(rows)
-        for name in ("left", "live"):
+    def drop_finished(self, *parts):
+        """Go on, in all parts, with the sequences that haven't ended: the others cost nothing any more.
+
+        Returns their rows in the old layout, None if nothing changed.
+        """
+        rows = [row for row, left in enumerate(self.left) if left]
+        if len(rows) == len(self.left):
+            return None
+        for name in ("left", "live", "sources"):
             setattr(self, name, [getattr(self, name)[row] for row in rows])
+        if rows:
+            for part in (self.sampler, *parts):
+                part.keep(rows)
+        return rows
 
 
 def check_vocabularies(target, draft):

@@ -6,6 +6,7 @@ distill.py and make_weights.py are written on top.
 
 Shapes: B rows, T tokens, D head_dim, V vocabulary.
 """
+import functools
 import math
 import random
 import signal
@@ -55,6 +56,27 @@ def concatenate(a, b):
 # ---------------------------------------------------------------------------------------------------------------------
 # Forward and sampling
 
+@functools.cache
+def compiled(f):
+    return torch.compile(f, dynamic=True)
+
+
+def fused(f, *args):
+    """f(*args): while sampling on a GPU as one compiled kernel (training compiles the whole loss anyway)."""
+    return compiled(f)(*args) if args[0].is_cuda and not torch.is_grad_enabled() else f(*args)
+
+
+def add_norm(x, y, weight, eps):
+    """x + y, and that normed."""
+    x = x + y
+    return x, F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
+
+
+def swiglu(x):
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 def dense_hidden(model, tokens, cache=None, start=0):
     """The forward of training and of mass sampling: every row stands at the same position, so nothing is masked.
 
@@ -65,12 +87,14 @@ def dense_hidden(model, tokens, cache=None, start=0):
     B, T = tokens.shape
     angles = torch.arange(start, start + T, device=tokens.device)[None, :, None] * model.freqs      # [1, T, D/2]
     cos, sin = angles.cos(), angles.sin()
-    norm = lambda x, weight: F.rms_norm(x, (c.dim,), weight.to(x.dtype), c.norm_eps)
     x = F.embedding(tokens, model.embed)                                    # [B, T, dim]
-    for i, layer in enumerate(model.layers):
-        qkv = F.linear(norm(x, layer.attn_norm), layer.wqkv).view(B, T, -1, c.head_dim)
-        q, k, v = qkv.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=2)
-        q, k, v = (y.transpose(1, 2) for y in (rotate(q, cos, sin), rotate(k, cos, sin), v))        # [B, heads, T, D]
+    h = F.rms_norm(x, (c.dim,), model.layers[0].attn_norm.to(x.dtype), c.norm_eps)
+    norms = [layer.attn_norm for layer in model.layers[1:]] + [model.norm]  # what follows each layer
+    for i, (layer, next_norm) in enumerate(zip(model.layers, norms)):
+        qkv = F.linear(h, layer.wqkv).view(B, T, -1, c.head_dim)
+        qk, v = qkv.split([c.n_heads + c.n_kv_heads, c.n_kv_heads], dim=2)
+        q, k = fused(rotate, qk, cos, sin).split([c.n_heads, c.n_kv_heads], dim=2)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))                    # [B, heads, T, D]
         if cache is not None:
             cache.k[i, :, :, start:start + T], cache.v[i, :, :, start:start + T] = k, v
             k, v = cache.k[i, :, :, :start + T], cache.v[i, :, :, :start + T]
@@ -78,10 +102,10 @@ def dense_hidden(model, tokens, cache=None, start=0):
             y = F.scaled_dot_product_attention(q.reshape(B, c.n_kv_heads, -1, c.head_dim), k, v).view(B, 1, -1)
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
-        x = x + F.linear(y, layer.wo)
-        gate, up = F.linear(norm(x, layer.mlp_norm), layer.w_gate_up).chunk(2, dim=-1)
-        x = x + F.linear(F.silu(gate) * up, layer.w_down)
-    return norm(x, model.norm)
+        x, h = fused(add_norm, x, F.linear(y, layer.wo), layer.mlp_norm, c.norm_eps)
+        h = F.linear(fused(swiglu, F.linear(h, layer.w_gate_up)), layer.w_down)
+        x, h = fused(add_norm, x, h, next_norm, c.norm_eps)
+    return h
 
 
 def flash():

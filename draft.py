@@ -30,8 +30,8 @@ class Speculation(NamedTuple):
     guesses: torch.Tensor | None = None     # [B, M+1, F]: best next tokens after each node that aren't its children
     q: torch.Tensor | None = None           # [B, M+1, V]: what the children were sampled from (`residual` only)
 
-    def map(self, f):
-        return Speculation(*(None if x is None else f(x) for x in self))
+    def map(self, f, *others):
+        return Speculation(*(None if x is None else f(x, *more) for x, *more in zip(self, *others)))
 
 
 class Verdict(NamedTuple):
@@ -112,12 +112,18 @@ class Drafter:
         self.history = history.to(model.device)                             # [B, room] the text so far, target ids
         self.plan(tree, fan_out)
 
+    @property
+    def root(self):
+        """The last token of each text [B, 1], which no model has seen yet."""
+        return self.history.gather(1, self.prefix_len[:, None])
+
     def plan(self, tree, fan_out):
         """Lay out the drafting of `tree`, alone at the trunk and for every outcome (node, f < fan_out[node])."""
         device, self.tree = self.model.device, tree
         tensor = lambda x: torch.tensor(x, device=device)
         self.counts = fan_out or [0] * tree.size                            # F_node
         self.width = max(self.counts)                                       # F: guesses kept per node
+        self.spec = None                                                    # the Speculation of this round
         self.fan_out = tensor(self.counts)
         self.graphs.clear()
         self.trunk = self.levels(0, torch.zeros(1, 0, dtype=torch.bool, device=device))
@@ -242,26 +248,38 @@ class Drafter:
         index = self.tree.children[nodes]                                   # [w, C]
         return tokens[..., index.clamp(min=0)].masked_fill(index < 0, -1)
 
-    def speculate(self, root, previous=None, known=None):
-        """Draft a speculation just in time. root [B]; previous, known: see `draft`. Returns a Speculation."""
+    def speculate(self, refeed=False):
+        """Draft a speculation just in time, into self.spec. refeed: see `draft`; True after a commit without a switch."""
         self.stats.draft_forwards += self.tree.depth
-        return self.graphs(self._speculate, root, previous, known)
+        self.graphs(self._speculate, refeed, None)
 
-    def _speculate(self, root, previous, known):
-        return self.draft(root[:, None], torch.zeros_like(root[:1]), self.trunk, previous, known).map(lambda x: x[:, 0])
+    def _speculate(self, refeed, hit):
+        known = None if hit is None else (hit, self.spec.tokens)
+        previous = self.history.gather(1, self.prefix_len[:, None] - 1)[:, 0] if refeed else None
+        new = self.draft(self.root, self.tree.node_depth[:1], self.trunk, previous, known)
+        self.store(new.map(lambda x: x[:, 0]), hit)
 
-    def precompute(self, spec, glue=False):
-        """While the target verifies `spec`: guess the outcomes and draft a speculation for each, D + 1 forwards.
+    def store(self, new, keep=None):
+        """Make `new` the speculation of this round, except for the sequences `keep` [B] bool; its place never moves."""
+        if self.spec is None:
+            self.spec = new.map(torch.clone)
+        elif keep is None:
+            self.spec.map(lambda old, x: old.copy_(x), new)
+        else:
+            self.spec.map(lambda old, x: old.copy_(torch.where(keep.view(-1, *[1] * (x.dim() - 1)), old, x)), new)
+
+    def precompute(self, glue=False):
+        """While the target verifies self.spec: guess the outcomes and draft a speculation for each, D + 1 forwards.
 
         The first forward feeds the deepest nodes, the only ones drafting hasn't fed, so that outcomes behind them can
         be guessed too. glue: feed every node instead, because some speculation wasn't drafted by this model.
         Returns a SpeculationCache.
         """
         self.stats.draft_forwards += self.tree.depth + 1
-        return self.graphs(self._precompute, spec, glue)
+        return self.graphs(self._precompute, glue)
 
-    def _precompute(self, spec, glue):
-        tree, nodes = self.tree, self.all if glue else self.leaves
+    def _precompute(self, glue):
+        spec, tree, nodes = self.spec, self.tree, self.all if glue else self.leaves
         at = tree.node_depth[nodes]
         ancestors = tree.ancestors if glue else self.leaf_ancestors
         hidden, positions = self.forward(spec.tokens[:, nodes], at, nodes, ancestors)
@@ -271,28 +289,28 @@ class Drafter:
         roots = guesses[:, self.nodes, self.guess_ranks]                    # [B, N]
         return SpeculationCache(self.nodes, roots, self.draft(roots, tree.node_depth[self.nodes] + 1, self.branches))
 
-    def commit(self, spec, verdict):
+    def commit(self, verdict):
         """Make the accepted path part of the prefix (SD)."""
-        self.graphs(self._commit, spec.tokens, verdict, None)
+        self.graphs(self._commit, verdict, None)
 
-    def switch(self, spec, verdict, cache):
+    def switch(self, verdict, cache):
         """Look the outcome up; commit the accepted path and, on a hit, the branch as the new trunk: one move of KV rows.
 
-        Returns hit [B] bool, branch [B] and the Speculation that the branch holds (anything for those that missed). As a
-        graph it may write that over `spec`, if spec is its last result.
+        The branch becomes self.spec (anything for those that missed). Returns found [B, 2]: hit (0 or 1) and branch.
         """
-        return self.graphs(self._switch, spec.tokens, verdict, cache)
+        return self.graphs(self._switch, verdict, cache)
 
-    def _switch(self, tokens, verdict, cache):
+    def _switch(self, verdict, cache):
         hit, branch = cache.lookup(verdict)
-        self._commit(tokens, verdict, (hit, branch))
-        return hit, branch, cache.select(branch)
+        self._commit(verdict, (hit, branch))
+        self.store(cache.select(branch))
+        return torch.stack([hit, branch], 1)
 
-    def _commit(self, tokens, verdict, found):
+    def _commit(self, verdict, found):
         size, start = self.tree.size, self.prefix_len[:, None]
         src, dst = path_slots(self.prefix_len, verdict)
         after = start + verdict.length[:, None] + 1
-        self.history.scatter_(1, dst, tokens.gather(1, src - start))
+        self.history.scatter_(1, dst, self.spec.tokens.gather(1, src - start))
         self.history.scatter_(1, after, verdict.bonus[:, None])
         if found is not None:
             hit, branch = (x[:, None] for x in found)
@@ -301,35 +319,34 @@ class Drafter:
         self.cache.commit(src, dst)
         self.prefix_len += verdict.length + 1
 
-    def fall_back(self, backup, spec, root, hit):
-        """Give the sequences that missed (hit [B] False) a speculation behind root [B]; the others keep theirs.
+    def fall_back(self, backup, found):
+        """Give the sequences that missed a speculation; the others keep theirs. found: what `switch` returned.
 
         backup: "neural" drafts it with the model, D forwards that everybody waits for; "fast" looks the last tokens up
         in the text so far and proposes what followed there, or nothing.
         """
         self.stats.draft_forwards += self.tree.depth if backup == "neural" else 0
-        return self.graphs(self._fall_back, backup, spec, root, hit)
+        self.graphs(self._fall_back, backup, found)
 
-    def _fall_back(self, backup, spec, root, hit):
+    def _fall_back(self, backup, found):
+        hit, spec = found[:, 0] > 0, self.spec
         if backup == "neural":
-            new = self._speculate(root, None, (hit, spec.tokens))
-        else:
-            proposal = prompt_lookup(self.history, self.prefix_len + 1, len(self.spine) - 1)
-            tokens, q = torch.full_like(spec.tokens, -1), None
-            tokens[:, self.spine] = torch.cat([root[:, None], proposal], 1)
-            if spec.q is not None:                                          # a proposal is drawn from a point mass
-                point = torch.zeros_like(spec.q[:, self.spine[:-1]])
-                point = point.scatter(-1, proposal.clamp(min=0)[..., None], (proposal >= 0)[..., None].to(point.dtype))
-                q = torch.zeros_like(spec.q)
-                q[:, self.spine[:-1]] = point
-            new = Speculation(tokens, spec.guesses, q)
-        pick = lambda old, x: None if x is None else torch.where(hit.view(-1, *[1] * (x.dim() - 1)), old, x)
-        return Speculation(*map(pick, spec, new))
+            return self._speculate(False, hit)
+        proposal = prompt_lookup(self.history, self.prefix_len + 1, len(self.spine) - 1)
+        tokens, q = torch.full_like(spec.tokens, -1), None
+        tokens[:, self.spine] = torch.cat([self.root, proposal], 1)
+        if spec.q is not None:                                              # a proposal is drawn from a point mass
+            point = torch.zeros_like(spec.q[:, self.spine[:-1]])
+            point = point.scatter(-1, proposal.clamp(min=0)[..., None], (proposal >= 0)[..., None].to(point.dtype))
+            q = torch.zeros_like(spec.q)
+            q[:, self.spine[:-1]] = point
+        self.store(Speculation(tokens, spec.guesses, q), hit)
 
     def keep(self, rows):
         self.graphs.clear()
         self.cache.keep(rows)
         self.prefix_len, self.history = self.prefix_len[rows], self.history[rows]
+        self.spec = self.spec.map(lambda x: x[rows])
 
 
 def path_slots(prefix_len, verdict):

@@ -1,4 +1,5 @@
-"""How steps run: as CUDA graphs, where a few hundred kernel launches become one, and two of them side by side."""
+"""How steps run: as CUDA graphs, where a few hundred kernel launches become one; two of them side by side; and how their
+outcome gets to the host."""
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -8,11 +9,12 @@ from torch.utils import _pytree as pytree
 class Graphs:
     """Calls functions of tensors, by CUDA graph where `on`; one is recorded the second time it is asked for.
 
-    A function may read and write tensors that its owner keeps (KV cache, prefix lengths) in place. Its arguments
-    (tensors, tuples of them, or constants) are copied to fixed addresses before each replay; its results stand at fixed
-    addresses and hold until the same function is called with the same shapes and constants again. What it does in
-    Python happens only while it is recorded. Every graph has memory of its own: in a shared pool the scratch space of one
-    would lie over the results of another.
+    A function may read and write tensors that its owner keeps (KV cache, prefix lengths) in place. A graph reads its
+    arguments (tensors, tuples of them, or constants) where they lay when it was recorded: the same tensors again cost
+    nothing, others are copied there, so nobody else may need what was passed then. Its results stand at fixed addresses
+    and hold until the same function is called with the same shapes and constants again. What it does in Python happens
+    only while it is recorded. Every graph has memory of its own: in a shared pool the scratch space of one would lie over
+    the results of another.
     """
 
     def __init__(self, on):
@@ -26,27 +28,60 @@ class Graphs:
     def __call__(self, f, *args):
         if not self.on:
             return f(*args)
-        leaves, structure = pytree.tree_flatten(args)
+        leaves = pytree.tree_leaves(args)
         key = (f.__func__, *(tuple(x.shape) if torch.is_tensor(x) else x for x in leaves))
         if key not in self.recorded:            # the first time as it is: that compiles the kernels
             self.recorded[key] = None
             return f(*args)
         if self.recorded[key] is None:
-            static = [x.clone() if torch.is_tensor(x) else x for x in leaves]
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                results = f(*pytree.tree_unflatten(static, structure))
-            self.recorded[key] = graph, static, results
-        graph, static, results = self.recorded[key]
-        for fixed, x in zip(static, leaves):
-            if torch.is_tensor(x):
+            graph = torch.cuda.CUDAGraph()      # begun by hand: torch.cuda.graph would stop the world and collect garbage
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    results = f(*args)
+                finally:
+                    graph.capture_end()
+            self.recorded[key] = graph, leaves, results
+        graph, recorded, results = self.recorded[key]
+        for fixed, x in zip(recorded, leaves):
+            if torch.is_tensor(x) and (x.data_ptr() != fixed.data_ptr() or x.stride() != fixed.stride()):
                 fixed.copy_(x)
         graph.replay()
         return results
 
 
+class ReadBack:
+    """Brings a few numbers a round from the device to the host without stopping anybody but the reader.
+
+    Tensors posted on a GPU are copied to pinned memory, `depth` rounds in turn, and an event says when they are there.
+    """
+
+    def __init__(self, depth):
+        self.buffers, self.at, self.depth = {}, 0, depth
+
+    def post(self, *tensors):
+        """Returns a function that waits for the tensors (whatever their owner does with them next) and gives lists."""
+        if not tensors[0].is_cuda:
+            lists = [x.tolist() for x in tensors]
+            return lambda: lists
+        self.at = (self.at + 1) % self.depth
+        key = (self.at, *(tuple(x.shape) for x in tensors))
+        if key not in self.buffers:
+            self.buffers[key] = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors], torch.cuda.Event()
+        copies, event = self.buffers[key]
+        for copy, x in zip(copies, tensors):
+            copy.copy_(x, non_blocking=True)
+        event.record()
+
+        def wait():
+            event.synchronize()
+            return [copy.tolist() for copy in copies]
+        return wait
+
+
 class Beside:
-    """Runs the draft side next to the verify: on a second stream of a GPU, in a worker thread on a CPU."""
+    """Runs both sides at once: on two streams of a GPU, in two worker threads of a CPU. The caller's thread stays free."""
 
     def __init__(self, device):
         self.device, self.cuda = device, device.type == "cuda"
@@ -55,8 +90,7 @@ class Beside:
         if self.cuda:
             self.stream = torch.cuda.Stream(self.device)
         else:
-            self.pool, self.threads = ThreadPoolExecutor(1), torch.get_num_threads()
-            torch.set_num_threads(max(1, self.threads // 2))            # both sides get half of the cores
+            self.pool, self.threads = ThreadPoolExecutor(2), torch.get_num_threads()
         return self
 
     def __exit__(self, *_):
@@ -64,22 +98,30 @@ class Beside:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
         else:
             self.pool.shutdown()
-            torch.set_num_threads(self.threads)
 
-    def start(self, work, *args):
-        """Start work(*args); returns a function that joins and gives its result."""
-        if self.cuda:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self.stream):
-                result = work(*args)
+    def draft(self, work, *args):
+        """Start work(*args) on the draft's side; returns a function that joins and gives its result."""
+        if not self.cuda:
+            return self.submit(work, args)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            result = work(*args)
 
-            def join():
-                torch.cuda.current_stream(self.device).wait_stream(self.stream)
-                return result
-            return join
+        def join():
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            return result
+        return join
 
+    def target(self, work, *args):
+        """The same on the target's side, which is the caller's stream."""
+        if not self.cuda:
+            return self.submit(work, args)
+        result = work(*args)
+        return lambda: result
+
+    def submit(self, work, args):
         @torch.inference_mode()
         def run():
-            torch.set_num_threads(max(1, self.threads // 2))
+            torch.set_num_threads(max(1, self.threads // 2))                # both sides get half of the cores
             return work(*args)
         return self.pool.submit(run).result

@@ -186,9 +186,13 @@ class Target:
         self.cache = KVCache(model.config, len(prompts), room, model.device, model.dtype)
         self.prefix_len = prefill(model, self.cache, prompts)               # [B]
 
-    def verify(self, spec, tree):
-        """One forward over the tree, the accept rule, and the commit of the accepted path. Returns a Verdict."""
-        return self.graphs(self._verify, spec.tokens, spec.q, tree)
+    def verify(self, tokens, q, tree):
+        """One forward over the tree, the accept rule, and the commit of the accepted path.
+
+        tokens [B, M+1], q [B, M+1, V] or None. Returns the Verdict and `report` [B, 2D+5], what the host wants to know:
+        the tokens of the path, its nodes, k, bonus, and 1 where a drafted token was there to be rejected.
+        """
+        return self.graphs(self._verify, tokens, q, tree)
 
     def _verify(self, tokens, q, tree):
         start = self.prefix_len[:, None]
@@ -205,9 +209,12 @@ class Target:
             coins = kernels.uniform(self.sampler.seeds, ACCEPT, ahead[:, :-1], ranks)
             noise = self.sampler.noise(TARGET, ahead, vocab)
             verdict = accept_residual(tokens, tree, p, q, coins, noise)
-        self.cache.commit(*path_slots(self.prefix_len, verdict))
+        if tree.depth:                                                      # else the root stands where it belongs
+            self.cache.commit(*path_slots(self.prefix_len, verdict))
         self.prefix_len += verdict.length + 1
-        return verdict
+        offered = ((tree.parent == verdict.path[:, -1:]) & (tokens >= 0)).any(1)
+        ends = torch.stack([verdict.length, verdict.bonus, offered], 1)
+        return verdict, torch.cat([tokens.gather(1, verdict.path), verdict.path, ends], 1)
 
     def keep(self, rows):
         self.graphs.clear()
@@ -219,26 +226,24 @@ class Target:
 # The three loops. Each takes a whole batch of prompts (lists of token ids) and yields, round by round, the list of
 # Chunks that the round produced. A stop id ends its sequence and is given out. seeds: one per sequence, by default
 # sampling.seed for all, so that a prompt's text is the same alone and in a batch. stats: a Stats to fill in.
+#
+# A GPU must never wait for Python: AR and SD start a round before they read the last one's outcome, SSD reads it (it must
+# know who missed), starts the next round and only then hands out the text.
 
 @torch.inference_mode()
 def autoregressive(target_model, prompts, max_new_tokens, sampling, stop_ids=(), seeds=None, stats=None):
     """One token a round: verify a speculation that is nothing but its root."""
     batch = Batch(target_model, prompts, max_new_tokens, sampling, stop_ids, seeds, stats)
     tree = Tree.chain(0, target_model.device)
-    target = Target(target_model, prompts, batch.sampler, batch.length)
+    target = Target(target_model, prompts, batch.sampler, batch.length + 2)
     root = batch.root
     batch.prefilled()
-    while True:
-        spec = Speculation(root[:, None])
-        verdict = target.verify(spec, tree)
-        chunks, rows, _ = batch.finish_round(tree, spec, verdict)
-        yield chunks
-        if not rows:
-            return
-        batch.resume()
+    while batch.live:
+        verdict, report = target.verify(root[:, None], None, tree)
+        batch.post(report)
         root = verdict.bonus
-        if len(rows) < len(root):
-            batch.drop_finished(rows, target)
+        yield from batch.outcomes(tree)
+        if (rows := batch.drop_finished(target)) is not None:
             root = root[rows]
 
 
@@ -248,25 +253,22 @@ def sd(target_model, draft_model, prompts, max_new_tokens, sampling, options, st
     options.check()
     batch = Batch(target_model, prompts, max_new_tokens, sampling, stop_ids, seeds, stats, draft_model)
     tree, _ = make_plan(options, batch.stats, draft_model)
-    room = batch.length + 2 * tree.size                                 # an overshoot and the trunk
+    room = batch.length + 3 * options.most_nodes()                      # two rounds that overshoot, and the trunk
     target = Target(target_model, prompts, batch.sampler, room, options.residual(batch.sampler))
     drafter = Drafter(draft_model, prompts, tree, None, batch.sampler, options, room, batch.stats)
-    root, previous = batch.root, None
     batch.prefilled()
-    while True:
-        spec = drafter.speculate(root, previous)
-        verdict = target.verify(spec, tree)
-        drafter.commit(spec, verdict)
-        chunks, rows, _ = batch.finish_round(tree, spec, verdict)
-        yield chunks
-        if not rows:
-            return
-        batch.resume()
-        root, previous = verdict.bonus, spec.tokens.gather(1, verdict.path[:, -1:])[:, 0]
-        if len(rows) < len(root):
-            batch.drop_finished(rows, target, drafter)
-            root, previous = root[rows], previous[rows]
+    refeed = False                  # a fully accepted speculation ends in a token that the draft has never seen
+    while batch.live:
+        drafter.speculate(refeed)
+        verdict, report = target.verify(drafter.spec.tokens, drafter.spec.q, tree)
+        drafter.commit(verdict)
+        batch.post(report)
+        refeed = True
+        yield from batch.outcomes(tree)
+        batch.drop_finished(target, drafter)
         if time_to_replan(options, batch.stats):
+            yield from batch.outcomes(tree, ahead=0)
+            batch.drop_finished(target, drafter)
             old, (tree, _) = tree, make_plan(options, batch.stats, draft_model, tree)
             if tree is not old:
                 batch.stats.stops.clear()
@@ -279,35 +281,37 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
     options.check()
     batch = Batch(target_model, prompts, max_new_tokens, sampling, stop_ids, seeds, stats, draft_model)
     tree, fan = make_plan(options, batch.stats, draft_model)
-    room = batch.length + tree.size * (options.fanout_budget + 2)       # an overshoot, the trunk and the branches
-    target = Target(target_model, prompts, batch.sampler, batch.length + 2 * tree.size, options.residual(batch.sampler))
+    nodes = options.most_nodes()
+    room = batch.length + nodes * (options.fanout_budget + 2)           # an overshoot, the trunk and the branches
+    target = Target(target_model, prompts, batch.sampler, batch.length + 2 * nodes, options.residual(batch.sampler))
     drafter = Drafter(draft_model, prompts, tree, fan, batch.sampler, options, room, batch.stats)
     batch.prefilled()
-    spec, glue = drafter.speculate(batch.root), False           # round 1: the speculation cache is empty
+    drafter.speculate()                                                 # round 1: the speculation cache is empty
+    glue, chunks = False, []
     with Beside(target_model.device) as beside:
         while True:
-            drafted = beside.start(drafter.precompute, spec, glue)      # guess the outcomes, draft for each of them ...
-            verdict = target.verify(spec, tree)                         # ... while the target verifies
-            verified = spec._replace(tokens=spec.tokens.clone())        # `switch` may write over spec
-            hit, branch, drafted_next = drafter.switch(spec, verdict, drafted())
-            chunks, rows, hits = batch.finish_round(tree, verified, verdict, drafter, hit, branch)
-            yield chunks
-            if not rows:
-                return
-            batch.resume()
-            spec, root = drafted_next, verdict.bonus
-            if len(rows) < len(root):
-                batch.drop_finished(rows, target, drafter)
-                spec, root, hit = spec.map(lambda x: x[rows]), root[rows], hit[rows]
-            backup = choose_backup(options, batch.stats, len(rows))
-            old, plan = (tree, fan), (tree, fan)
-            if time_to_replan(options, batch.stats):
-                plan = tree, fan = make_plan(options, batch.stats, draft_model, tree)
-            if plan != old:                                             # what was drafted for the old plan is void
+            drafted = beside.draft(drafter.precompute, glue)            # guess the outcomes, draft for each of them ...
+            verified = beside.target(target.verify, drafter.spec.tokens, drafter.spec.q, tree)   # ... beside the verify
+            if chunks:
+                yield chunks                                            # while both work, the caller gets the last text
+            verdict, report = verified()
+            found = drafter.switch(verdict, drafted())
+            batch.post(report, found)
+            chunks, hits = batch.finish_round(tree, drafter)
+            if (rows := batch.drop_finished(target, drafter)) is not None:
+                if not rows:
+                    break
+                found, hits = found[rows], [hits[row] for row in rows]
+            backup = choose_backup(options, batch.stats, len(batch.live))
+            plan = make_plan(options, batch.stats, draft_model, tree) if time_to_replan(options, batch.stats) else (tree, fan)
+            if plan != (tree, fan):                                     # what was drafted for the old plan is void
+                tree, fan = plan
                 drafter.plan(tree, fan)
                 batch.stats.stops.clear()
-                spec, hits, backup = drafter.speculate(root), [False] * len(rows), "neural"
+                drafter.speculate()
+                hits, backup = [False] * len(hits), "neural"
             elif not all(hits):                                         # those that missed need a speculation now
-                spec = drafter.fall_back(backup, spec, root, hit)
+                drafter.fall_back(backup, found)
             glue = not all(hits) and backup == "fast"
             batch.start_round(hits, backup)
+    yield chunks

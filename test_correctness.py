@@ -284,9 +284,9 @@ def test_speculations_are_the_drafts_own(loop, sampling, options, monkeypatch):
     specs, caches = [], []
     verify, precompute = Target.verify, Drafter.precompute
 
-    def watch_verify(self, spec, tree):
-        specs.append((spec.tokens.tolist(), tree))
-        return verify(self, spec, tree)
+    def watch_verify(self, tokens, q, tree):
+        specs.append((tokens.tolist(), tree))
+        return verify(self, tokens, q, tree)
 
     def watch_precompute(self, *args):
         cache = precompute(self, *args)
@@ -446,9 +446,10 @@ def test_stats_are_what_the_trace_says(sampling, options, monkeypatch):
         planned.add(len(found))                                             # after how many rounds
         return plan(self, *args)
 
-    def watch_verify(self, spec, tree):
-        verified.append((spec.tokens.clone(), tree, verify(self, spec, tree)))
-        return verified[-1][2]
+    def watch_verify(self, tokens, q, tree):
+        verdict, report = verify(self, tokens, q, tree)
+        verified.append((tokens.clone(), tree, verdict))
+        return verdict, report
 
     def watch_lookup(self, verdict):
         found.append(lookup(self, verdict)[0].tolist())

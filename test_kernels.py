@@ -133,9 +133,49 @@ def test_tree_attention(B, nodes, H, KV, D, prefix):
         cache[:, b, :, prefix + b + nodes:] = 1e4                      # poison behind what may be looked at
     view = tree_attention.visibility(prefix_len, tree.mask, C)
     visible = tree_attention.visibility_ref(prefix_len, tree.mask, C)
-    for _ in range(2):                                                  # twice: the arrival counters must be left ready
-        got = tree_attention.tree_attention(q, cache[0], cache[1], view)
-        check(got, lambda q, k, v: tree_attention.tree_attention_ref(q, k, v, visible), q, cache[0], cache[1])
+    got = tree_attention.tree_attention(q, cache[0], cache[1], view)
+    check(got, lambda q, k, v: tree_attention.tree_attention_ref(q, k, v, visible), q, cache[0], cache[1])
+
+
+@pytest.mark.parametrize("prefix", [63, 64, 65])
+def test_a_token_may_see_its_prefix_alone(prefix):
+    """The draft feeds the last token of its prefix again: that row's mask is empty."""
+    mask = torch.tensor([[False], [True]], device=DEVICE)
+    q, cache, prefix_len = randn(1, 2, 4, 16), randn(2, 1, 2, 70, 16), torch.tensor([prefix], device=DEVICE)
+    cache[..., prefix + 1:, :] = 1e4
+    got = tree_attention.tree_attention(q, cache[0], cache[1], tree_attention.visibility(prefix_len, mask, 70))
+    visible = tree_attention.visibility_ref(prefix_len, mask, 70)
+    check(got, lambda q, k, v: tree_attention.tree_attention_ref(q, k, v, visible), q, cache[0], cache[1])
+
+
+@pytest.mark.parametrize("prefix, unit, splits", [(0, 64, 32), (60, 64, 32), (125, 16, 4)] +
+                         [(500, 64, 32), (2040, 64, 32), (6000, 64, 32)] * CUDA)
+def test_attention_does_not_depend_on_company(prefix, unit, splits, monkeypatch):
+    """A token of a tree in a batch gets what it gets alone, behind a prefix that holds its ancestors, in another cache.
+
+    The small units make more of them than there are splits.
+    """
+    monkeypatch.setattr(tree_attention, "BLOCK", unit)
+    monkeypatch.setattr(tree_attention, "SPLITS", splits)
+    B, nodes, H, KV, D = (3, 64, 32, 8, 128) if CUDA else (3, 20, 3, 1, 16)
+    parents = [-1] + [max(0, node - random.choice([1, 1, 3])) for node in range(1, nodes)]              # deep
+    mask = torch.eye(nodes, dtype=torch.bool, device=DEVICE)
+    for node in range(1, nodes):
+        mask[node] |= mask[parents[node]]
+    prefix_len = prefix + torch.tensor([0, 3, 9], device=DEVICE)
+    q, cache = randn(B, nodes, H, D), randn(2, B, KV, prefix + nodes + 9, D)
+    attention = lambda q, cache, prefix_len, mask: tree_attention.tree_attention(
+        q, cache[0], cache[1], tree_attention.visibility(prefix_len, mask, cache.shape[3]))
+    together = attention(q, cache, prefix_len, mask)
+    for b, node in itertools.product(range(B), [0, 1, nodes // 2, nodes - 2, nodes - 1]):
+        slots = prefix_len[b] + mask[node].nonzero()[:, 0]
+        alone = torch.cat([cache[:, b:b + 1, :, :prefix_len[b]], cache[:, b:b + 1, :, slots],
+                           torch.full_like(cache[:, :1, :, :3 * node], 1e4)], 3)
+        got = attention(q[b:b + 1, node:node + 1], alone, prefix_len[b:b + 1] + len(slots) - 1, mask[:1, :1])[0, 0]
+        if CUDA:
+            assert torch.equal(got, together[b, node])
+        else:                                                           # the interpreter's products are numpy's
+            torch.testing.assert_close(got, together[b, node], atol=1e-6, rtol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -190,17 +190,17 @@ def test_stored_q_is_what_was_sampled_from(name, monkeypatch):
         make_plan(self, tree, fan_out)
         plans.append(self.counts)
 
-    def watch_verify(self, spec, tree):
+    def watch_verify(self, tokens, stored, tree):
         at = self.prefix_len[:, None] + tree.node_depth
-        logits = DRAFT.table[at % 2, spec.tokens.clamp(min=0)]
+        logits = DRAFT.table[at % 2, tokens.clamp(min=0)]
         q = saguaro_probs(logits, torch.tensor(plans[-1], device=DEVICE), CASES[name][1].get("saguaro_c", 1))
         for node in (n for n in range(tree.size) if tree.n_children[n]):
-            looked_up = (spec.q[:, node].amax(-1) == 1) | (spec.tokens[:, tree.first_child[node]] < 0)
+            looked_up = (stored[:, node].amax(-1) == 1) | (tokens[:, tree.first_child[node]] < 0)
             assert looked_up.any() <= ("fast" in name)
-            torch.testing.assert_close(spec.q[~looked_up, node], q[~looked_up, node])
+            torch.testing.assert_close(stored[~looked_up, node], q[~looked_up, node])
             seen["drafted"] += (~looked_up).sum().item()
             seen["looked up"] += looked_up.sum().item()
-        return verify(self, spec, tree)
+        return verify(self, tokens, stored, tree)
     monkeypatch.setattr(Drafter, "plan", watch_plan)
     monkeypatch.setattr(saguaro.Target, "verify", watch_verify)
     loop, options, _ = CASES[name]
@@ -278,9 +278,9 @@ def fast_as_if_drafted(monkeypatch):
     """The fast backup's proposals pass for samples of a uniform q (the reference accepts them too often as well)."""
     fall_back = Drafter.fall_back
 
-    def wrong(self, backup, spec, root, hit):
-        spec = fall_back(self, backup, spec, root, hit)
-        return saguaro.Speculation(spec.tokens, spec.guesses, torch.where(spec.q == 1, 1 / V, spec.q))
+    def wrong(self, backup, found):
+        fall_back(self, backup, found)
+        self.spec.q.copy_(torch.where(self.spec.q == 1, 1 / V, self.spec.q))
     monkeypatch.setattr(Drafter, "fall_back", wrong)
 
 

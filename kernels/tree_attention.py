@@ -2,16 +2,16 @@
 
 T new tokens of a sequence see its whole committed prefix (slots 0..prefix_len-1) and, of the S speculative slots behind
 it, those that their row of the ancestor mask allows. A chain is a lower triangle, decoding is T = S = 1, N parallel
-branches are N diagonals over a trunk, a prefill chunk is a big triangle. Bytes moved: K and V of the prefix, once a
-KV head and tile of 16 rows; the G = H / KV query heads that share a KV head are packed into the rows.
+branches are N diagonals over a trunk, a prefill chunk is a big triangle.
 
-Split-KV flash-decoding, bit-exact whatever surrounds a token. Every token sees its keys in the order of their positions
-in the text, in blocks that start at fixed positions. A block that lies in the prefix whole is the same for all tokens;
-the blocks behind it are gathered token by token along the token's own ancestors, so that a branch of a tree computes
-what plain decoding of that branch would, in the same order.
-
-Grid: (splits, tiles of 16 rows (token, head of the group), B * KV). The program of a tile that finishes last adds the
-splits up, in order.
+Split-KV flash-decoding, bit-exact whatever surrounds a token. A token's keys, in the order of their positions in the
+text, are cut into units of BLOCK at fixed positions. Each unit is attended to from zero by tensor core products, maxima
+and elementwise maths, none of which depends on the tile that a row stands in. Unit u belongs to split u % SPLITS; a split
+merges its units in order, always by `merge`, and at last the splits are added up. Merging what is absent changes no bit,
+so it doesn't matter where a unit is attended to: those that lie in the prefix whole are the same for all tokens, and
+programs of many rows share them (as many splits as the cache has room for: with less than SPLITS every unit has a split of
+its own, as it would in a larger cache); the few behind them are gathered token by token along the token's own ancestors,
+so that a branch of a tree computes what plain decoding of that branch would.
 """
 from typing import NamedTuple
 
@@ -20,26 +20,31 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.launch import MAX_ROWS, launch_options, pdl, wait_for_inputs
+from kernels.launch import launch_options, pdl, wait_for_inputs
 
-ROWS = 16               # (token, head) rows a tile: the narrowest operand of a tensor core product
-BLOCK = 64              # positions a block
+BLOCK = 64              # positions a unit
+SPLITS = 32             # most programs that share the units of a prefix
+ROWS = 64               # most (token, head) rows a tile; at least 16, the narrowest operand of a tensor core product
+WARPS = 4               # a program
+STAGES = 2              # units in flight in the loop over a long prefix
 LOG2_E = 1.4426950408889634             # softmax in powers of two
-WARPS = 2               # two, so that the products are mma.sync: as wgmma, Triton 3.6 gets this kernel wrong
-LONGEST = 2 * MAX_ROWS + 2      # most speculative slots that one token can see, itself included
 
 
 class Ancestors(NamedTuple):
     """An ancestor mask, and the same as lists: which speculative slots each new token sees, oldest first."""
     mask: torch.Tensor                  # [T, S] bool
-    slots: torch.Tensor                 # [T, A] int32
+    slots: torch.Tensor                 # [T, A] int32, A: the most that a token sees
     count: torch.Tensor                 # [T] int32: how many of them
 
     @classmethod
     def of(cls, mask):
-        """mask [T, S] bool; slots must be in the order of positions, i.e. parents stand before their children."""
-        order = mask.to(torch.int32).argsort(dim=1, descending=True, stable=True)[:, :LONGEST]
-        return cls(mask, order.to(torch.int32).contiguous(), mask.sum(1, dtype=torch.int32))
+        """mask [T, S] bool; slots must be in the order of positions, i.e. parents stand before their children.
+
+        Waits for the GPU to know A: make it of a topology, beforehand.
+        """
+        count = mask.sum(1, dtype=torch.int32)
+        order = mask.to(torch.int32).argsort(dim=1, descending=True, stable=True)[:, :max(1, int(count.max()))]
+        return cls(mask, order.to(torch.int32).contiguous(), count)
 
 
 def visibility_ref(prefix_len, mask, end):
@@ -72,135 +77,157 @@ class View(NamedTuple):
     """What `tree_attention` needs to know about a step, made once for all layers."""
     prefix_len: torch.Tensor            # [B] int64
     ancestors: Ancestors
-    splits: int                         # programs that share the blocks of a sequence
-    arrivals: torch.Tensor              # int32 zeros, and left as zeros: counts the programs of a tile that are done
+    splits: int                         # programs that share the whole units of a prefix
 
 
 def visibility(prefix_len, mask, end):
     """mask: [T, S] bool, or the Ancestors made of it beforehand, which saves sorting it. Returns a View."""
     ancestors = mask if isinstance(mask, Ancestors) else Ancestors.of(mask)
-    arrivals = torch.zeros(len(prefix_len) * MAX_ROWS * 8, dtype=torch.int32, device=prefix_len.device)
-    return View(prefix_len, ancestors, min(32, triton.cdiv(end, BLOCK)), arrivals)
+    return View(prefix_len, ancestors, min(SPLITS, end // BLOCK))
 
 
 @triton.jit
-def gathered(position, prefix, slot_ptr, token, A):
-    """The cache slot of each position as `token` sees it: the prefix, then the token's ancestors. [BLOCK]"""
-    j = position - prefix
-    return tl.where(j < 0, position, prefix + tl.load(slot_ptr + token * A + j, mask=(j >= 0) & (j < A), other=0))
+def attend(q, k, v, keys, scale, BLOCK: tl.constexpr):
+    """q [ROWS, D] attend to the first `keys` of k [D, BLOCK], v [BLOCK, D]. Returns top [ROWS], mass [ROWS], acc [ROWS, D].
+
+    top is the largest product, not yet scaled: a product that is scaled and then subtracted from, the compiler would fuse
+    in some places and not in others. The mass is a product with ones: the order of a sum over lanes would depend on the
+    shape of the tile.
+    """
+    s = tl.dot(q, k, input_precision="ieee")                      # [ROWS, BLOCK]
+    s = tl.where(tl.arange(0, BLOCK)[None, :] < keys, s, float("-inf"))
+    top = tl.max(s, axis=1)
+    p = tl.exp2((s - top[:, None]) * scale).to(v.dtype)
+    mass = tl.max(tl.dot(p, tl.full([BLOCK, 16], 1.0, v.dtype), input_precision="ieee"), axis=1)
+    return top, mass, tl.dot(p, v, input_precision="ieee")
 
 
 @triton.jit
-def scores(k, q, position, seen, own, scale, s):
-    """s [BLOCK, ROWS] with the columns `own` [ROWS] replaced by their scores for k, -inf where they don't look."""
-    looks = own[None, :] & (position[:, None] < seen[None, :])
-    return tl.where(looks, tl.dot(k, q, input_precision="ieee") * scale, s)
-
-
-@triton.jit
-def weighted(v, p, own, acc):
-    """acc [D, ROWS] + v^T p for the columns `own`. Adding the zeros of the others is exact."""
-    return tl.dot(tl.trans(v), tl.where(own[None, :], p, 0.0).to(v.dtype), acc, input_precision="ieee")
-
-
-@triton.jit
-def combine(part, stat, live, working, D: tl.constexpr, ROWS: tl.constexpr):
-    """Add the splits up in order, eight at a time so that their loads overlap. Returns mass [ROWS], acc [D, ROWS]."""
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    for first in range(0, working, 8):
-        index = tl.zeros([ROWS], tl.int32) + first
-        for i in tl.static_range(8):
-            top = tl.maximum(top, tl.load(stat + (first + i) * 2 * ROWS, mask=live & (index + i < working),
-                                          other=float("-inf"), volatile=True))
+def merge(top1, mass1, acc1, top2, mass2, acc2, scale):
+    """Two attentions over different keys made one; absent is (-inf, 0, 0). top, mass [R], acc [R, D]."""
+    top = tl.maximum(top1, top2)
     safe = tl.where(top == float("-inf"), 0.0, top)
-    acc, mass = tl.zeros([D, ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
-    for first in range(0, working, 8):
-        index = tl.zeros([ROWS], tl.int32) + first
-        for i in tl.static_range(8):
-            there = live & (index + i < working)
-            at = stat + (first + i) * 2 * ROWS
-            weight = tl.exp2(tl.load(at, mask=there, other=float("-inf"), volatile=True) - safe)
-            mass += weight * tl.load(at + ROWS, mask=there, other=0.0, volatile=True)
-            acc += weight[None, :] * tl.load(part + (first + i) * D * ROWS, mask=there[None, :], other=0.0, volatile=True)
-    return mass, acc
+    w1, w2 = tl.exp2((top1 - safe) * scale), tl.exp2((top2 - safe) * scale)
+    return top, tl.fma(mass1, w1, mass2 * w2), tl.fma(acc1, w1[:, None], acc2 * w2[:, None])
 
 
 @triton.jit
-def tree_attention_kernel(q_ptr, k_ptr, v_ptr, prefix_ptr, slot_ptr, count_ptr, out_ptr, part_ptr, stat_ptr, arrival_ptr,
-                          T, A, stride_b, stride_h, scale, KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
-                          BLOCK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):
-    split, tile, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    b, h = tl.program_id(2) // KV, tl.program_id(2) % KV
-    d, r = tl.arange(0, D), tile * ROWS + tl.arange(0, ROWS)
-    t = r // G                                                              # [ROWS] token of each row
-    live = t < T
+def save(stat_ptr, part_ptr, at, live, top, mass, acc, d):
+    """Leave partial results to combine_kernel; at [ROWS]: where each row's goes."""
+    tl.store(stat_ptr + at * 2, top, mask=live)
+    tl.store(stat_ptr + at * 2 + 1, mass, mask=live)
+    tl.store(part_ptr + at[:, None] * acc.shape[1] + d[None, :], acc, mask=live[:, None])
+
+
+@triton.jit
+def tree_attention_kernel(q_ptr, k_ptr, v_ptr, prefix_ptr, slot_ptr, count_ptr, stat_ptr, part_ptr, T, A, tiles, splits,
+                          tails, stride_b, stride_h, scale, KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
+                          BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, TAIL_ROWS: tl.constexpr,
+                          PDL: tl.constexpr):
+    """Partial attention: rows (token, head of the group) x units of keys -> stat [B*T*H, splits + tails, 2], part [.., D].
+
+    Bytes moved: K and V of the prefix once a tile of rows, of the rest once a token; part once.
+    Grid: (tiles * splits prefix programs, then T * tails tail programs; B * KV).
+    """
+    program, b, h = tl.program_id(0), tl.program_id(1) // KV, tl.program_id(1) % KV
     prefix = tl.load(prefix_ptr + b).to(tl.int32)                           # written before the step: no need to wait
-    seen = prefix + tl.load(count_ptr + t, mask=live, other=0)              # keys of each token, itself included
-    at = ((b * T + t) * KV + h) * G + r % G                                 # [ROWS] row of q and out
-    blocks = tl.cdiv(tl.max(seen, axis=0), BLOCK)
+    full = prefix // BLOCK                                                  # units that lie in the prefix whole
+    split = program // tiles
+    d, n = tl.arange(0, D), tl.arange(0, BLOCK)
     k_ptr += b.to(tl.int64) * stride_b + h * stride_h
     v_ptr += b.to(tl.int64) * stride_b + h * stride_h
+    if split < splits:
+        if split < full:
+            r = program % tiles * ROWS + tl.arange(0, ROWS)
+            t = r // G                                                      # [ROWS] token of each row
+            live = t < T
+            row = ((b * T + t) * KV + h) * G + r % G                        # [ROWS] of q
+            slot = split * BLOCK + n                                        # [BLOCK]
+            # The step writes nothing below its prefix, but for a draft that feeds the last token of it again.
+            if (split + 1) * BLOCK == prefix:
+                wait_for_inputs(PDL)
+            k = tl.load(k_ptr + slot[None, :] * D + d[:, None])             # [D, BLOCK]
+            v = tl.load(v_ptr + slot[:, None] * D + d[None, :])             # [BLOCK, D]
+            wait_for_inputs(PDL)
+            q = tl.load(q_ptr + row[:, None] * D + d[None, :], mask=live[:, None], other=0.0)       # [ROWS, D]
+            top, mass, acc = attend(q, k, v, BLOCK, scale, BLOCK)
+            for unit in tl.range(split + splits, full, splits, num_stages=STAGES):
+                slot = unit * BLOCK + n
+                k = tl.load(k_ptr + slot[None, :] * D + d[:, None])
+                v = tl.load(v_ptr + slot[:, None] * D + d[None, :])
+                top2, mass2, acc2 = attend(q, k, v, BLOCK, scale, BLOCK)
+                top, mass, acc = merge(top, mass, acc, top2, mass2, acc2, scale)
+            save(stat_ptr, part_ptr, row * (splits + tails) + split, live, top, mass, acc, d)
+    else:
+        program -= tiles * splits
+        t, j = program // tails, program % tails
+        keys = prefix + tl.load(count_ptr + t) - (full + j) * BLOCK         # that the token sees in this unit
+        # Some token sees itself, and so has a key here at j = 0: some program of the grid always waits.
+        if keys > 0:
+            g = tl.arange(0, TAIL_ROWS)
+            row = ((b * T + t) * KV + h) * G + g
+            live = g < G                                                    # the rows are one token's heads
+            position = (full + j) * BLOCK + n                               # [BLOCK]
+            slot = tl.load(slot_ptr + t * A + position - prefix, mask=(position >= prefix) & (n < keys), other=0)
+            slot = tl.where(position < prefix, position, prefix + slot)
+            wait_for_inputs(PDL)
+            q = tl.load(q_ptr + row[:, None] * D + d[None, :], mask=live[:, None], other=0.0)
+            k = tl.load(k_ptr + slot[None, :] * D + d[:, None], mask=(n < keys)[None, :], other=0.0)
+            v = tl.load(v_ptr + slot[:, None] * D + d[None, :], mask=(n < keys)[:, None], other=0.0)
+            top, mass, acc = attend(q, k, v, keys, scale, BLOCK)
+            save(stat_ptr, part_ptr, row * (splits + tails) + splits + j, live, top, mass, acc, d)
+
+
+@triton.jit
+def partial(stat_ptr, part_ptr, at, there, d):
+    """What `save` left at `at` [SPLITS], absent where it is not `there`."""
+    top = tl.load(stat_ptr + at * 2, mask=there, other=float("-inf"))
+    mass = tl.load(stat_ptr + at * 2 + 1, mask=there, other=0.0)
+    acc = tl.load(part_ptr + at[:, None] * d.shape[0] + d[None, :], mask=there[:, None], other=0.0)
+    return top, mass, acc
+
+
+@triton.jit(do_not_specialize=["H", "splits", "tails"])
+def combine_kernel(stat_ptr, part_ptr, prefix_ptr, count_ptr, out_ptr, H, splits, tails, scale, D: tl.constexpr,
+                   BLOCK: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr):
+    """out [B, T, H, D] from the partial results, which are the bytes moved. Grid: (T * H, B).
+
+    There is one compiled kernel for all steps of a model, and so one order of the sums over the splits.
+    """
+    prefix = tl.load(prefix_ptr + tl.program_id(1)).to(tl.int32)
+    seen = prefix + tl.load(count_ptr + tl.program_id(0) // H)
+    full, units = prefix // BLOCK, tl.cdiv(seen, BLOCK)
+    row = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    at, d, split = row * (splits + tails), tl.arange(0, D), tl.arange(0, SPLITS)
+    first = tl.where(split < full, split, splits + split - full)
     wait_for_inputs(PDL)
-    q = tl.load(q_ptr + at[None, :] * D + d[:, None], mask=live[None, :], other=0.0)                    # [D, ROWS]
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    mass = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([D, ROWS], tl.float32)
-    for block in range(split, blocks, splits):
-        position = block * BLOCK + tl.arange(0, BLOCK)                      # [BLOCK]
-        # One pass serves all tokens where the block lies in the prefix, else it takes one pass a token.
-        shared = (block + 1) * BLOCK <= prefix
-        first = tile * ROWS // G
-        after = tl.where(shared, first + 1, tl.minimum((tile * ROWS + ROWS - 1) // G + 1, T))
-        slot = gathered(position, prefix, slot_ptr, first, A)
-        k = tl.load(k_ptr + slot[:, None] * D + d[None, :])                 # [BLOCK, D]
-        v = tl.load(v_ptr + slot[:, None] * D + d[None, :])
-        s = scores(k, q, position, seen, shared | (t == first), scale, tl.full([BLOCK, ROWS], float("-inf"), tl.float32))
-        for token in range(first + 1, after):
-            other = gathered(position, prefix, slot_ptr, token, A)
-            s = scores(tl.load(k_ptr + other[:, None] * D + d[None, :]), q, position, seen, t == token, scale, s)
-        new_top = tl.maximum(top, tl.max(s, axis=0))
-        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(s - safe[None, :])                                      # [BLOCK, ROWS]
-        shrink = tl.exp2(top - safe)
-        mass = mass * shrink + tl.sum(p, axis=0)
-        top = new_top
-        acc = weighted(v, p, shared | (t == first), acc * shrink[None, :])
-        for token in range(first + 1, after):
-            other = gathered(position, prefix, slot_ptr, token, A)
-            acc = weighted(tl.load(v_ptr + other[:, None] * D + d[None, :]), p, t == token, acc)
-    working = tl.minimum(splits, blocks)                                    # splits that have any block
-    if split < working:
-        last = working == 1
-        if working > 1:
-            group = tl.program_id(2) * tl.num_programs(1) + tile
-            part = part_ptr + group * splits * D * ROWS + d[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-            stat = stat_ptr + group * splits * 2 * ROWS + tl.arange(0, ROWS)
-            tl.store(part + split * D * ROWS, acc, mask=live[None, :])
-            tl.store(stat + split * 2 * ROWS, top, mask=live)
-            tl.store(stat + split * 2 * ROWS + ROWS, mass, mask=live)
-            tl.debug_barrier()
-            last = tl.atomic_add(arrival_ptr + group, 1, sem="acq_rel") == working - 1
-            if last:
-                tl.debug_barrier()
-                mass, acc = combine(part, stat, live, working, D, ROWS)
-                tl.store(arrival_ptr + group, 0)
-        if last:
-            out = acc / tl.where(mass == 0.0, 1.0, mass)[None, :]
-            tl.store(out_ptr + at[None, :] * D + d[:, None], out.to(out_ptr.dtype.element_ty), mask=live[None, :])
+    top, mass, acc = partial(stat_ptr, part_ptr, at + first, split < units, d)              # [SPLITS], .., [SPLITS, D]
+    if units > SPLITS:                                  # some splits have units of both sorts
+        j = (split - full) & (SPLITS - 1)
+        both = (split < full) & (full + j < units)
+        top2, mass2, acc2 = partial(stat_ptr, part_ptr, at + splits + j, both, d)
+        top, mass, acc = merge(top, mass, acc, top2, mass2, acc2, scale)
+    weight = tl.exp2((top - tl.max(top, axis=0)) * scale)
+    out = tl.sum(weight[:, None] * acc, axis=0) / tl.sum(weight * mass, axis=0)
+    tl.store(out_ptr + row * D + d, out.to(out_ptr.dtype.element_ty))
 
 
 def tree_attention(q, k, v, view):
     """As tree_attention_ref, over a View instead of a bool mask; D a power of two, k and v contiguous in [C, D]."""
     B, T, H, D = q.shape
-    KV = k.shape[1]
-    tiles, device = triton.cdiv(T * H // KV, ROWS), q.device
+    KV, G, device = k.shape[1], H // k.shape[1], q.device
+    prefix_len, (_, slots, count), splits = view
+    A = slots.shape[1]
+    tails = triton.cdiv(A - 1, BLOCK) + 1                                   # units that A positions may touch
+    rows = min(ROWS, max(16, triton.next_power_of_2(T * G)))
+    tiles = triton.cdiv(T * G, rows)
     out = torch.empty_like(q)
-    part = torch.empty(B * KV * tiles * view.splits * D * ROWS, device=device)
-    stat = torch.empty(B * KV * tiles * view.splits * 2 * ROWS, device=device)
-    ancestors = view.ancestors
-    assert B * KV * tiles <= view.arrivals.numel(), "more heads than the arrival counters are for"
-    tree_attention_kernel[(view.splits, tiles, B * KV)](
-        q, k, v, view.prefix_len, ancestors.slots, ancestors.count, out, part, stat, view.arrivals, T,
-        ancestors.slots.shape[1], k.stride(0), k.stride(1), D ** -0.5 * LOG2_E, KV, H // KV, D, BLOCK, ROWS,
-        PDL=pdl(device), num_warps=WARPS, **launch_options(device))
+    stat = torch.empty(B * T * H, splits + tails, 2, device=device)
+    part = torch.empty(B * T * H, splits + tails, D, device=device)
+    scale, options = D ** -0.5 * LOG2_E, dict(PDL=pdl(device), **launch_options(device))
+    tree_attention_kernel[(tiles * splits + T * tails, B * KV)](
+        q, k, v, prefix_len, slots, count, stat, part, T, A, tiles, splits, tails, k.stride(0), k.stride(1), scale,
+        KV, G, D, BLOCK, rows, STAGES, max(16, triton.next_power_of_2(G)), num_warps=WARPS, **options)
+    combine_kernel[(T * H, B)](stat, part, prefix_len, count, out, H, splits, tails, scale, D, BLOCK, SPLITS,
+                               num_warps=WARPS, **options)
     return out

@@ -80,7 +80,7 @@ class Contestant:
         """Decode a group of prompts until the first of them ends. Returns (what was counted, the tokens of each)."""
         models, options = ([self.pair.target], ()) if self.mode == "ar" else ([self.pair.target, self.pair.draft], (self.options,))
         counts = lambda: Counter({name: getattr(self.stats, name) for name in COUNTED})
-        kept, texts, ended, before, began = Counter(), [[] for _ in group], False, counts(), time.perf_counter()
+        kept, texts, ended, slow, before, began = Counter(), [[] for _ in group], False, 0, counts(), time.perf_counter()
         with recordings() as recorded:
             loop = MODES[self.mode](*models, group, self.new_tokens, self.sampling, *options, stop_ids=self.pair.stop_ids,
                                     seeds=seeds, stats=self.stats)
@@ -88,8 +88,8 @@ class Contestant:
                 if number == 0:
                     kept["first"] = time.perf_counter() - began
                     kept["prefill_seconds"] = self.stats.prefill_seconds - before["prefill_seconds"]
-                after, skip = counts(), number < SETTLE or recorded.pop("graphs", 0)
-                if skip:
+                after, slow, earlier = counts(), recorded.pop("graphs", 0), slow
+                if number < SETTLE or slow or earlier:      # a loop runs a round ahead: the next one pays for a recording
                     kept["left_out"] += 1
                 else:
                     for name in COUNTED[:-1]:
@@ -394,6 +394,8 @@ def parse_flags(argv):
         if wrong:
             raise UserError(message)
     args.prompt, args.device = None, find_device(args.device or "auto")
+    if args.device.type == "cuda":
+        args.device = torch.device("cuda", args.device.index or 0)
     args.dtype = DTYPES[args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")]
     args.repeats = args.repeats or (5 if args.device.type == "cuda" else 3)
     args.sampling = Sampling(args.temperature)

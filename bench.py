@@ -40,7 +40,7 @@ from kernels import tune
 from measure import report
 from measure.pairs import SEQUENCES, check_memory, lengthened, shape, shape_pair, synthetic, text_pair
 from measure.plot import plot
-from measure.predict import KS, predicted, predictions
+from measure.predict import KS, predicted, predictions, target_steps
 from measure.timing import Step, card, model_bytes, overlapped, random_cache, random_model, step_bytes
 from model import DTYPES, LlamaConfig
 from saguaro import sd, ssd
@@ -281,9 +281,9 @@ def predict(args):
     configs = {draft: shape(draft) for draft in drafts} or {"embedded draft": LlamaConfig.from_folder(WEIGHTS / "draft")}
     context, rows = (args.context or [512])[0], []
     check_memory(args, shape(name), max(configs.values(), key=lambda c: model_bytes(c, args.dtype)), context)
-    target = random_model(shape(name), args.device, args.dtype)
+    measured = target_steps(random_model(shape(name), args.device, args.dtype), context)
     for draft, config in configs.items():
-        rows += predictions(target, random_model(config, args.device, args.dtype), draft, context)
+        rows += predictions(*measured, random_model(config, args.device, args.dtype), draft, context)
         print(f"timed {name} with {draft}", flush=True)
     return dict(kind="predict", card=machine, target=name, context=context, dtype=str(args.dtype)[6:], rows=rows)
 

@@ -48,25 +48,27 @@ def predicted(times, accept, k, budget):
                 ssd=expected_speedup(hit, tokens, tokens, beside, beside - 1 + backup) * slower)
 
 
-def predictions(target, draft, name, context):
-    """The best K and fan-out for every acceptance rate, by measured steps of two models. Returns a list of dicts."""
-    cache, other = random_cache(target, context, max(KS) + 1), random_cache(draft, context, max(BUDGETS))
-    ar, one = (Step(model, 1, context, c).seconds()[1] for model, c in ((target, cache), (draft, other)))
-    branches = {n: Step(draft, n, context, other) for n in BUDGETS}
-    branch_seconds = {n: step.seconds()[1] for n, step in branches.items()}
-    plans = []
-    for k in KS:
-        verify = Step(target, k + 1, context, cache)
-        seconds = verify.seconds()[1]
-        for n in BUDGETS:
-            plans.append((k, n, dict(ar=ar, verify=seconds, draft=one, together=overlapped(verify, branches[n], k + 1)),
-                          max(seconds, (k + 1) * branch_seconds[n])))
-    rows = []
+def target_steps(target, context):
+    """(seconds of an ar step, {K: (Step of a verify, its seconds)}): what every draft is put beside."""
+    cache = random_cache(target, context, max(KS) + 1)
+    verifies = {k: Step(target, k + 1, context, cache) for k in KS}
+    return Step(target, 1, context, cache).seconds()[1], {k: (step, step.seconds()[1]) for k, step in verifies.items()}
+
+
+def predictions(ar, verifies, draft, name, context):
+    """The best K and fan-out for every acceptance rate. ar, verifies: `target_steps`. Returns a list of dicts."""
+    cache = random_cache(draft, context, max(BUDGETS))
+    one = Step(draft, 1, context, cache).seconds()[1]
+    branches = {n: Step(draft, n, context, cache) for n in BUDGETS}
+    alone, plans = {n: step.seconds()[1] for n, step in branches.items()}, []
+    for k, (verify, seconds) in verifies.items():
+        for n, step in branches.items():
+            times = dict(ar=ar, verify=seconds, draft=one, together=overlapped(verify, step, k + 1))
+            plans.append((k, n, times, dict(times, together=max(seconds, (k + 1) * alone[n]))))
+    rows, best = [], lambda plans, mode: max(plans, key=lambda plan: plan[mode])
     for rate in RATES:
         accept = rank_law(rate)
-        here = [predicted(times, accept, k, n) for k, n, times, _ in plans]
-        apart = [predicted(dict(times, together=second), accept, k, n) for k, n, times, second in plans]
-        best = lambda options, mode: max(options, key=lambda option: option[mode])
-        rows.append(dict(draft=name, rate=rate, ar_ms=1e3 * ar, draft_ms=1e3 * one, branch_ms=1e3 * branch_seconds[16],
+        here, apart = ([predicted(plan[i], accept, *plan[:2]) for plan in plans] for i in (2, 3))
+        rows.append(dict(draft=name, rate=rate, ar_ms=1e3 * ar, draft_ms=1e3 * one, branch_ms=1e3 * alone[16],
                          sd=best(here, "sd"), one=best(here, "ssd"), two=best(apart, "ssd")))
     return rows

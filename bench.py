@@ -248,6 +248,7 @@ def steps(args):
                 rows.append(dict(shape=name, context=context, rows=n, ms=[1e3 * middle, 1e3 * least, 1e3 * most],
                                  weight_bytes=weights, kv_bytes=cached, bandwidth=(weights + cached) / middle))
                 print(f"{name}, context {context}, {n} tokens: {1e3 * middle:.3f} ms", flush=True)
+        del model, cache
     return dict(kind="steps", card=machine, dtype=str(args.dtype)[6:], rows=rows)
 
 
@@ -389,7 +390,10 @@ def parse_flags(argv):
          "--draft-shape and --accept-rate are for --target-shape; a real pair has an acceptance of its own"),
         (args.accept_rate is not None and not 0 <= args.accept_rate < 1, "--accept-rate must lie in [0, 1)"),
         (args.draft and args.round_draft, "--draft or --round-draft, not both"),
-        (args.vs_transformers and (args.batch != [1] or args.target_shape), "--vs-transformers takes --batch 1 and a real pair"),
+        (args.vs_transformers and (args.batch != [1] or args.target_shape or args.draft_dtype),
+         "--vs-transformers takes --batch 1 and a real pair, its draft not in int8"),
+        (args.plot and (args.steps or args.kernels), "--plot draws speeds, --predict and --speculation, not single steps or kernels"),
+        (any(path and not Path(path).parent.is_dir() for path in (args.json, args.plot)), "no such folder for --json or --plot"),
     ):
         if wrong:
             raise UserError(message)

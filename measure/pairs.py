@@ -34,7 +34,6 @@ class Pair:
     prompts: list                       # of token ids
     stop_ids: set
     accept: list | None = None          # SYNTHETIC: chance of the draft's 1st, 2nd, ... choice
-    padded: str | None = None           # the shape, of a padded target
 
 
 def rounded(model, bits, group=64):
@@ -66,6 +65,8 @@ def check_memory(args, target, draft, prompt_tokens):
     if draft is not None:
         needed += model_bytes(draft, args.dtype) + cache(draft, length + nodes * (options.fanout_budget + 2))
     needed, cuda = 1.1 * needed + 0.3e9, args.device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
     there = torch.cuda.mem_get_info(args.device)[0] if cuda else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > there:
         raise UserError(f"about {needed / 1e9:.1f} GB are needed and {there / 1e9:.1f} GB are there; choose a smaller model or "
@@ -120,8 +121,7 @@ def text_pair(args, padded):
         draft = trim(draft, whole.vocab_size)
     if args.draft_dtype and draft is not None:
         draft, name = draft.to_int8(), name + ", int8 draft"
-    return Pair(name, target, draft, prompts, set(tokenizer.eos_ids) | set(tokenizer.chat_stop_ids if args.chat else ()),
-                padded=padded)
+    return Pair(name, target, draft, prompts, set(tokenizer.eos_ids) | set(tokenizer.chat_stop_ids if args.chat else ()))
 
 
 def lengthened(prompts, length):

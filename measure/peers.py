@@ -47,7 +47,9 @@ def transformers_contestants(pair, sampling, new_tokens, k):
 
     target = to_transformers(pair.target, transformers)
     found = {"transformers generate": Contestant("transformers", None)}
-    if pair.draft is not None and pair.draft.d2t is None:           # its vocabulary must be the target's
+    if pair.draft is not None and pair.draft.d2t is not None:
+        print("transformers assisted: left out, the draft's vocabulary isn't the target's")
+    elif pair.draft is not None:
         draft = to_transformers(pair.draft, transformers)
         draft.generation_config.num_assistant_tokens = k
         draft.generation_config.num_assistant_tokens_schedule = "constant"

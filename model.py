@@ -234,7 +234,7 @@ class Llama(nn.Module):
         final norm.
         """
         B, T = tokens.shape
-        if self.ops is kernels.TRITON and T <= kernels.MAX_ROWS < B * T:
+        if self.ops is not kernels.TORCH and T <= kernels.MAX_ROWS < B * T:
             # More rows than the kernels take: as many sequences at a time as fit, and each computes what it would alone.
             n = kernels.MAX_ROWS // T
             return torch.cat([self(*(x[i:i + n] for x in (tokens, positions, slots, prefix_len)), mask,
@@ -258,12 +258,14 @@ class Llama(nn.Module):
         rows = hidden.flatten(0, -2).split(kernels.MAX_ROWS)
         return torch.cat([self.ops.head(x, self.head) for x in rows]).view(*hidden.shape[:-1], -1)
 
-    def run_with(self, ops=None, graphs=None):
-        """Choose how this model runs: ops "torch" or "triton", CUDA graphs or not; None keeps what fits the device."""
+    def run_with(self, ops=None, graphs=None, ctas=None):
+        """Choose how this model runs: ops "torch" or "triton", CUDA graphs or not; None keeps what fits the device.
+        ctas: the most programs that a Triton linear launches, so that another model finds room beside this one."""
         if (ops == "triton" or graphs) and self.device.type != "cuda":
             raise UserError(f"Triton kernels and CUDA graphs need a CUDA GPU, the model is on {self.device}; "
                             f"leave out --kernels or choose torch")
-        self.ops = {None: self.ops, "torch": kernels.TORCH, "triton": kernels.TRITON}[ops]
+        plain = ops == "torch" or ops is None and self.ops is kernels.TORCH
+        self.ops = kernels.TORCH if plain else kernels.triton_ops(ctas)
         self.graphs = self.graphs if graphs is None else graphs
         return self
 

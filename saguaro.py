@@ -127,11 +127,14 @@ def critical_batch(p, e_hit, e_slow, e_fast, t_slow, t_fast):
 # ---------------------------------------------------------------------------------------------------------------------
 # Choices that follow from what has been measured
 
+WORTHWHILE = 0.02       # more tokens a round, relatively, or more hits, for which a plan is changed: that costs a backup
+
+
 def make_plan(options, stats, draft_model, old=None):
     """The token tree and the fan-out of its nodes, by what has been measured so far: (Tree, list of M+1 ints).
 
-    old: the tree in use, which is given back if nothing about it changes. UserError if the draft's vocabulary is too
-    small for the tree.
+    old: the plan in use, which is given back unless a new one promises worthwhile gains. UserError if the draft's
+    vocabulary is too small for the tree.
     """
     widths, accept = options.widths(), stats.rank_acceptance()
     device, vocab_size = draft_model.device, draft_model.config.vocab_size
@@ -141,8 +144,9 @@ def make_plan(options, stats, draft_model, old=None):
         tree = Tree.best(widths, accept, options.k, device)
     else:
         tree = Tree.from_widths(widths, device)
-    if old is not None and old.parents == tree.parents:
-        tree = old
+    accepted = lambda tree: sum(p * depth for p, depth in zip(tree.stop_probability(accept), tree.depths))
+    if old is not None and accepted(tree) < (1 + WORTHWHILE) * accepted(old[0]):
+        tree = old[0]
     if max(tree.n_children) >= vocab_size - 1:
         raise UserError(f"a node of the tree has {max(tree.n_children)} children, the draft only {vocab_size} tokens to "
                         f"choose from; use a narrower tree")
@@ -151,7 +155,11 @@ def make_plan(options, stats, draft_model, old=None):
     else:
         stop = tree.stop_probability(accept) if options.fanout == "geometric" else stats.stop_probability(tree)
         r = stats.miss_exponent()
-    return tree, fan_out(stop, r, options.fanout_budget, vocab_size - 1 - max(tree.n_children))
+    fan = fan_out(stop, r, options.fanout_budget, vocab_size - 1 - max(tree.n_children))
+    misses = lambda fan: sum(p * max(F, 0.5) ** -r for p, F in zip(stop, fan))
+    if old is not None and tree is old[0] and misses(old[1]) - misses(fan) < WORTHWHILE:
+        fan = old[1]
+    return tree, fan
 
 
 def time_to_replan(options, stats):
@@ -252,7 +260,7 @@ def sd(target_model, draft_model, prompts, max_new_tokens, sampling, options, st
     """Speculative decoding: draft a tree, verify it, keep what the target agrees with and its bonus token."""
     options.check()
     batch = Batch(target_model, prompts, max_new_tokens, sampling, stop_ids, seeds, stats, draft_model)
-    tree, _ = make_plan(options, batch.stats, draft_model)
+    tree, fan = make_plan(options, batch.stats, draft_model)             # fan is for SSD
     room = batch.length + 3 * options.most_nodes()                      # two rounds that overshoot, and the trunk
     target = Target(target_model, prompts, batch.sampler, room, options.residual(batch.sampler))
     drafter = Drafter(draft_model, prompts, tree, None, batch.sampler, options, room, batch.stats)
@@ -269,7 +277,7 @@ def sd(target_model, draft_model, prompts, max_new_tokens, sampling, options, st
         if time_to_replan(options, batch.stats):
             yield from batch.outcomes(tree, ahead=0)
             batch.drop_finished(target, drafter)
-            old, (tree, _) = tree, make_plan(options, batch.stats, draft_model, tree)
+            old, (tree, fan) = tree, make_plan(options, batch.stats, draft_model, (tree, fan))
             if tree is not old:
                 batch.stats.stops.clear()
                 drafter.plan(tree, None)
@@ -303,8 +311,10 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
                     break
                 found, hits = found[rows], [hits[row] for row in rows]
             backup = choose_backup(options, batch.stats, len(batch.live))
-            plan = make_plan(options, batch.stats, draft_model, tree) if time_to_replan(options, batch.stats) else (tree, fan)
-            if plan != (tree, fan):                                     # what was drafted for the old plan is void
+            plan = old = tree, fan
+            if time_to_replan(options, batch.stats):
+                plan = make_plan(options, batch.stats, draft_model, old)
+            if plan != old:                                             # what was drafted for the old plan is void
                 tree, fan = plan
                 drafter.plan(tree, fan)
                 batch.stats.stops.clear()

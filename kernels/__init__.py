@@ -3,6 +3,7 @@ then the Triton kernel and its launcher `x`, which keeps the same contract.
 
 `TORCH` and `TRITON` hold the ops of a forward under the same names; a model carries one of them as `model.ops`.
 """
+import functools
 from types import SimpleNamespace
 
 from kernels import accept, commit, embed, head, linear, tree_attention
@@ -15,10 +16,18 @@ TORCH = SimpleNamespace(
     embed=embed.embed_ref, linear=linear.linear_ref, swiglu_linear=linear.swiglu_linear_ref,
     qkv_rope=linear.qkv_rope_ref, visibility=tree_attention.visibility_ref, tree_attention=tree_attention.tree_attention_ref,
     rms_norm=linear.rms_norm_ref, head=head.head_ref, best=head.best_ref, commit=commit.commit_ref, walk=accept.walk_ref)
-TRITON = SimpleNamespace(
-    embed=embed.embed, linear=linear.linear, swiglu_linear=linear.swiglu_linear, qkv_rope=linear.qkv_rope,
-    visibility=tree_attention.visibility, tree_attention=tree_attention.tree_attention, rms_norm=head.norm, head=head.head,
-    best=head.best, commit=commit.commit, walk=accept.walk)
+
+
+def triton_ops(ctas=None):
+    """The kernels; ctas: the most programs a linear may launch (they then loop), to leave room for a model beside it."""
+    few = lambda op: functools.partial(op, ctas=ctas)
+    return SimpleNamespace(
+        embed=embed.embed, linear=few(linear.linear), swiglu_linear=few(linear.swiglu_linear),
+        qkv_rope=few(linear.qkv_rope), visibility=tree_attention.visibility, tree_attention=tree_attention.tree_attention,
+        rms_norm=head.norm, head=few(head.head), best=few(head.best), commit=commit.commit, walk=accept.walk)
+
+
+TRITON = triton_ops()
 
 
 def ops_for(tensor):
@@ -26,4 +35,4 @@ def ops_for(tensor):
     return TRITON if tensor.is_cuda else TORCH
 
 
-__all__ = ["Ancestors", "MAX_BEST", "MAX_ROWS", "TORCH", "TRITON", "Int8Weight", "gumbel", "ops_for", "uniform"]
+__all__ = ["Ancestors", "MAX_BEST", "MAX_ROWS", "TORCH", "TRITON", "Int8Weight", "gumbel", "ops_for", "triton_ops", "uniform"]

@@ -101,23 +101,23 @@ def norm(x, weight, eps):
     return y
 
 
-def head(hidden, w):
+def head(hidden, w, ctas=None):
     """As head_ref."""
-    return linear(hidden, w, out_dtype=torch.float32)
+    return linear(hidden, w, out_dtype=torch.float32, ctas=ctas)
 
 
 MAX_BEST = 16           # most tokens a row: each is a pass over a block of logits in registers
 
 
-def best(hidden, w, n, temperature, seeds, stream, positions, ids=None):
+def best(hidden, w, n, temperature, seeds, stream, positions, ids=None, ctas=None):
     """As best_ref; ties go to the lowest index."""
-    launch = Launch(hidden, w)
-    blocks = triton.cdiv(launch.N, launch.BN)
+    launch = Launch(hidden, w, ctas=ctas)
+    blocks = launch.blocks
     n = min(n, launch.N)
     values = torch.empty(launch.M, blocks * n, device=hidden.device)
     indices = torch.empty(launch.M, blocks * n, device=hidden.device, dtype=torch.int32)
     out = torch.empty(*hidden.shape[:-1], n, device=hidden.device, dtype=torch.int64)
-    best_kernel[(blocks,)](
+    best_kernel[launch.grid](
         hidden, launch.weight, launch.scale, seeds, positions.contiguous(), hidden if ids is None else ids, values, indices,
         temperature or 1.0, stream, launch.M, hidden.shape[1], launch.N, launch.K, launch.BM, launch.BN, launch.BK, n,
         temperature > 0, ids is not None, launch.INT8, **launch.options)

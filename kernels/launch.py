@@ -42,7 +42,8 @@ class Blocks(NamedTuple):
     split: int = 1                      # programs that share the K of a block
 
 
-# Measured on an H100 (python -m kernels.tune): (N, K) -> blocks. Other shapes and GPUs follow `blocks_for`.
+# Measured on an H100 (python -m kernels.tune): (N, K) -> blocks. Other shapes and GPUs follow `blocks_for`. Only `split`
+# shows in the bits of a sum: mma.sync and wgmma give the same for any BN, BK, stages and warps (test_kernels.py).
 SM90 = {
     (6144, 4096): Blocks(16, 512, 3, 4), (4096, 4096): Blocks(32, 256, 6, 4), (28672, 4096): Blocks(32, 256, 6, 4),
     (4096, 14336): Blocks(64, 128, 6, 4, 2), (128256, 4096): Blocks(64, 128, 6, 4),                     # Llama 3.1 8B
@@ -53,42 +54,56 @@ SM90 = {
 }
 
 
-def blocks_for(N, K):
-    """Block shapes for a weight [N, K] and few rows of x."""
+WIDE = 4 << 20                          # elements of a weight from which more than 16 rows of x want wide programs
+WIDE_BLOCKS = Blocks(128, 64, 4, 4)
+
+
+def blocks_for(N, K, rows=1):
+    """Block shapes for a weight [N, K] and a number of rows of x."""
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and (N, K) in SM90:
-        return SM90[N, K]
-    BK = min(256 if K >= 2048 else 128, max(16, triton.next_power_of_2(K)))
-    split = 2 if N <= 4096 <= K else 1
-    return Blocks(64 if N >= 16384 else 32, BK, 4, 4, split)
+        blocks = SM90[N, K]
+    else:
+        BK = min(256 if K >= 2048 else 128, max(16, triton.next_power_of_2(K)))
+        blocks = Blocks(64 if N >= 16384 else 32, BK, 4, 4, 2 if N <= 4096 <= K else 1)
+    if rows > 16 and N * K >= WIDE:
+        # Every program reads all of x: with many rows of it, only wide programs keep that below the weight's bytes.
+        return WIDE_BLOCKS._replace(BN=128 if N * blocks.split >= 128 * 128 else 64, split=blocks.split)
+    return blocks
 
 
 class Launch:
-    """Shapes, block shapes and launch options of one skinny linear: x [..., K] with M rows, w [N, K] or Int8Weight."""
+    """Shapes, block shapes, grid and launch options of one skinny linear: x [..., K] with M rows, w [N, K] or Int8Weight.
 
-    def __init__(self, x, w, most=1 << 30):
+    most: the largest BN that fits; ctas: the most programs to launch, which then work in a loop, for a model that
+    shares the GPU; None: no limit.
+    """
+
+    def __init__(self, x, w, most=1 << 30, ctas=None):
         self.INT8 = isinstance(w, Int8Weight)
         self.weight, self.scale = w if self.INT8 else (w, w)
         (self.N, self.K), self.M, self.device = self.weight.shape, x.numel() // x.shape[-1], x.device
         assert x.shape[-1] == self.K and x.is_contiguous() and self.weight.is_contiguous() and self.M <= MAX_ROWS
         self.BM = max(16, triton.next_power_of_2(self.M))
-        self.BN, self.BK, stages, warps, self.SPLIT = blocks_for(self.N, self.K)
+        self.BN, self.BK, stages, warps, self.SPLIT = blocks_for(self.N, self.K, self.M)
         self.BN = min(self.BN, most)
-        # More rows need more shared memory. What gives way is what rounding doesn't see: BN and SPLIT stay.
+        # More rows need more shared memory. What gives way is what rounding doesn't see: SPLIT stays.
         tile = lambda: (self.BN * self.weight.element_size() + 2 * self.BM * x.element_size()) * self.BK
         while tile() * stages > SHARED_MEMORY and (stages > 2 or self.BK > 32):
             stages, self.BK = (stages - 1, self.BK) if stages > 2 else (stages, self.BK // 2)
+        self.blocks = triton.cdiv(self.N, self.BN)
+        self.grid = (min(self.blocks * self.SPLIT, ctas or 1 << 30),)
         self.options = dict(PDL=pdl(x.device), num_warps=warps, num_stages=stages, **launch_options(x.device))
 
-    def scratch(self, blocks):
+    def scratch(self):
         """Partial tiles and arrival counters of split-K (any tensors where there is none)."""
         if self.SPLIT == 1:
             return self.weight, self.weight
         arrivals = self.weight.__dict__.setdefault("arrivals", {})      # one a stream, since streams run side by side
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.weight.is_cuda else 0
-        if stream not in arrivals:
-            arrivals[stream] = torch.zeros(blocks, dtype=torch.int32, device=self.device)
-        part = torch.empty(blocks * self.SPLIT * self.BN * self.BM, device=self.device, dtype=torch.float32)
-        return part, arrivals[stream]
+        if (stream, self.blocks) not in arrivals:
+            arrivals[stream, self.blocks] = torch.zeros(self.blocks, dtype=torch.int32, device=self.device)
+        part = torch.empty(self.blocks * self.SPLIT * self.BN * self.BM, device=self.device, dtype=torch.float32)
+        return part, arrivals[stream, self.blocks]
 
 
 def pdl(device):

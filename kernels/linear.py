@@ -10,7 +10,8 @@ that the next RMSNorm knows its scale before it has read anything.
 Grid: one program per block of output rows (a persistent loop if fewer programs are asked for). A program computes
 W[BN, K] @ x.T[K, BM]: the weight is the left operand, so the tensor core instruction, and with it the order of every
 sum, is the same for 1 row of x and for 128. That makes decoding and verifying bit-exact:
-  - BN and the split of K depend on the shape of W alone (BK, stages and warps don't change the order of a sum);
+  - the split of K depends on the shape of W alone (the width of a program, BK, stages and warps don't change the order
+    of a sum: mma.sync and wgmma add the products of 16 k, then the next 16, whatever the tile);
   - split-K partials are added in order by whichever program of a block comes last;
   - sums are fixed-point integers, which add up to the same in any order.
 """
@@ -129,6 +130,10 @@ def linear_kernel(x_ptr, w_ptr, scale_ptr, residual_ptr, y_ptr, sums_ptr, part_p
         block, part = program // SPLIT, program % SPLIT
         rows = block * BN + tl.arange(0, BN)
         k0 = part * span
+        inside = (rows < N)[:, None] & (m < M)[None, :]
+        at = m[None, :] * N + rows[:, None]
+        if RESIDUAL and BM == 16:                                           # asked for early, it is here when it's needed
+            residual = tl.load(residual_ptr + at, mask=inside, other=0.0)
         acc = product(x_ptr, w_ptr, x_ptr, rows, M, N, K, k0, tl.minimum(k0 + span, K), BM, BK, False,
                       tl.zeros([BN, BM], tl.float32))
         last = True
@@ -144,11 +149,11 @@ def linear_kernel(x_ptr, w_ptr, scale_ptr, residual_ptr, y_ptr, sums_ptr, part_p
                     acc += tl.load(tile + other * BN * BM, volatile=True)
                 tl.store(count_ptr + block, 0)                              # ready for the next launch
         if last:
-            inside = (rows < N)[:, None] & (m < M)[None, :]
             y = weight_scale(acc, scale_ptr, rows, N, INT8)
-            at = m[None, :] * N + rows[:, None]
             if RESIDUAL:
-                y += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                if BM > 16:
+                    residual = tl.load(residual_ptr + at, mask=inside, other=0.0)
+                y += residual.to(tl.float32)
             y = y.to(y_ptr.dtype.element_ty)
             tl.store(y_ptr + at, y, mask=inside)
             if SUMS:
@@ -176,11 +181,13 @@ def swiglu_kernel(x_ptr, sums_ptr, norm_ptr, eps, w_ptr, scale_ptr, y_ptr, M, N,
     m = tl.arange(0, BM)
     half = N // 2
     prefetch(w_ptr, tl.program_id(0) * (BN // 2), half, K, 0, BN // 2, BK, PDL)
+    prefetch(w_ptr + half * K, tl.program_id(0) * (BN // 2), half, K, 0, BN // 2, BK, PDL)
     wait_for_inputs(PDL)
+    scale = rms_scale(sums_ptr, M, eps, K, BM)
     for block in range(tl.program_id(0), tl.cdiv(half, BN // 2), tl.num_programs(0)):
         rows = paired_rows(block, half, BN)
         acc = product(x_ptr, w_ptr, norm_ptr, rows, M, N, K, 0, K, BM, BK, True, tl.zeros([BN, BM], tl.float32))
-        acc = weight_scale(acc, scale_ptr, rows, N, INT8) * rms_scale(sums_ptr, M, eps, K, BM)[None, :]
+        acc = weight_scale(acc, scale_ptr, rows, N, INT8) * scale[None, :]
         gate, up = unpair(acc, BN, BM)
         y = gate * tl.sigmoid(gate) * up
         n = block * (BN // 2) + tl.arange(0, BN // 2)
@@ -197,13 +204,16 @@ def qkv_kernel(x_ptr, sums_ptr, norm_ptr, eps, w_ptr, scale_ptr, cos_ptr, sin_pt
     N: tl.constexpr = (H + 2 * KV) * D
     per_head: tl.constexpr = D // BN
     first = tl.program_id(0)
-    prefetch(w_ptr, first // per_head * D + first % per_head * (BN // 2), N, K, 0, BN // 2, BK, PDL)
+    top = first // per_head * D + first % per_head * (BN // 2)
+    prefetch(w_ptr, top, N, K, 0, BN // 2, BK, PDL)
+    prefetch(w_ptr, top + D // 2, N, K, 0, BN // 2, BK, PDL)
     wait_for_inputs(PDL)
+    scale = rms_scale(sums_ptr, M, eps, K, BM)
     for block in range(first, N // BN, tl.num_programs(0)):
         head = block // per_head
         rows = head * D + paired_rows(block % per_head, D // 2, BN)
         acc = product(x_ptr, w_ptr, norm_ptr, rows, M, N, K, 0, K, BM, BK, True, tl.zeros([BN, BM], tl.float32))
-        acc = weight_scale(acc, scale_ptr, rows, N, INT8) * rms_scale(sums_ptr, M, eps, K, BM)[None, :]
+        acc = weight_scale(acc, scale_ptr, rows, N, INT8) * scale[None, :]
         a, b = unpair(acc.to(q_ptr.dtype.element_ty).to(tl.float32), BN, BM)
         i = block % per_head * (BN // 2) + tl.arange(0, BN // 2)[:, None]   # pair within the head
         live = (m < M)[None, :]
@@ -230,38 +240,37 @@ def qkv_kernel(x_ptr, sums_ptr, norm_ptr, eps, w_ptr, scale_ptr, cos_ptr, sin_pt
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers: the contract of the twins, for up to MAX_ROWS rows (B*T) of contiguous tensors
 
-def linear(x, w, residual=None, sums=None, out_dtype=None):
+def linear(x, w, residual=None, sums=None, out_dtype=None, ctas=None):
     """As linear_ref; sums [...] int64 (zeros before) in units of 2^-28. out_dtype: of y, default x's."""
-    launch = Launch(x, w)
+    launch = Launch(x, w, ctas=ctas)
     y = torch.empty(*x.shape[:-1], launch.N, device=x.device, dtype=out_dtype or x.dtype)
-    blocks = triton.cdiv(launch.N, launch.BN)
-    part, count = launch.scratch(blocks)
-    linear_kernel[(blocks * launch.SPLIT,)](
+    part, count = launch.scratch()
+    linear_kernel[launch.grid](
         x, launch.weight, launch.scale, x if residual is None else residual, y, x if sums is None else sums, part, count,
         launch.M, launch.N, launch.K, launch.BM, launch.BN, launch.BK, launch.SPLIT, launch.INT8,
         residual is not None, sums is not None, **launch.options)
     return y
 
 
-def swiglu_linear(x, sums, norm, eps, w):
+def swiglu_linear(x, sums, norm, eps, w, ctas=None):
     """As swiglu_linear_ref, with sums as `linear` leaves them."""
-    launch = Launch(x, w)
+    launch = Launch(x, w, ctas=ctas)
     y = torch.empty(*x.shape[:-1], launch.N // 2, device=x.device, dtype=x.dtype)
-    swiglu_kernel[(triton.cdiv(launch.N, launch.BN),)](
+    swiglu_kernel[launch.grid](
         x, sums, norm, eps, launch.weight, launch.scale, y, launch.M, launch.N, launch.K, launch.BM, launch.BN, launch.BK,
         launch.INT8, **launch.options)
     return y
 
 
-def qkv_rope(x, sums, norm, eps, w, cos, sin, slots, k_cache, v_cache):
+def qkv_rope(x, sums, norm, eps, w, cos, sin, slots, k_cache, v_cache, ctas=None):
     """As qkv_rope_ref, with sums as `linear` leaves them."""
     B, T, _ = x.shape
     _, KV, _, D = k_cache.shape
-    launch = Launch(x, w, most=D)
+    launch = Launch(x, w, most=D, ctas=ctas)
     H = launch.N // D - 2 * KV
     assert k_cache.stride() == v_cache.stride() and k_cache.stride()[2:] == (D, 1)
     q = torch.empty(B, T, H, D, device=x.device, dtype=x.dtype)
-    qkv_kernel[(launch.N // launch.BN,)](
+    qkv_kernel[launch.grid](
         x, sums, norm, eps, launch.weight, launch.scale, cos, sin, slots.contiguous(), q, k_cache, v_cache, launch.M, T, H,
         KV, k_cache.stride(0), k_cache.stride(1), launch.K, D, launch.BM, launch.BN, launch.BK, launch.INT8,
         **launch.options)

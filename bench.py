@@ -4,7 +4,7 @@
     python bench.py --target DIR --draft DIR --prompts FILE     your pair on your prompts
     python bench.py --target DIR --round-draft 5 --pad llama-3.1-8b     a small model's text at the cost of a large one
     python bench.py --target-shape llama-3.1-8b --draft-shape llama-3.2-1b --accept-rate 0.8     random weights: SYNTHETIC
-    python bench.py --sweep k,fanout,tree                       which lookahead, fan-out, tree?
+    python bench.py --sweep k,fanout,tree,cta                   which lookahead, fan-out, tree, share of the GPU?
     python bench.py --vs-transformers                           the same model and prompts in transformers
     python bench.py --steps llama-3.1-8b --context 128,2048,8192     ms a token and share of the ceiling, random weights
     python bench.py --kernels llama-3.1-8b                      TB/s of every linear, beside torch's F.linear (GPU)
@@ -41,7 +41,7 @@ from measure import report
 from measure.pairs import SEQUENCES, check_memory, lengthened, shape, shape_pair, synthetic, text_pair
 from measure.plot import plot
 from measure.predict import KS, predicted, predictions, target_steps
-from measure.timing import Step, card, model_bytes, overlapped, random_cache, random_model, step_bytes
+from measure.timing import Step, card, cta_budgets, model_bytes, overlapped, random_cache, random_model, step_bytes
 from model import DTYPES, LlamaConfig
 from saguaro import sd, ssd
 from sampling import Sampling
@@ -72,13 +72,14 @@ def recordings():
 class Contestant:
     """A mode with its options. Its Stats go on from run to run, so that plans made of them settle in the warm-up."""
 
-    def __init__(self, pair, mode, options, sampling, new_tokens):
+    def __init__(self, pair, mode, options, sampling, new_tokens, ctas=None):
         self.pair, self.mode, self.options, self.sampling, self.new_tokens = pair, mode, options, sampling, new_tokens
-        self.stats = Stats()
+        self.ctas, self.stats = ctas, Stats()
 
     def run(self, group, seeds):
         """Decode a group of prompts until the first of them ends. Returns (what was counted, the tokens of each)."""
         models, options = ([self.pair.target], ()) if self.mode == "ar" else ([self.pair.target, self.pair.draft], (self.options,))
+        self.pair.target.run_with(ctas=self.ctas)
         counts = lambda: Counter({name: getattr(self.stats, name) for name in COUNTED})
         kept, texts, ended, slow, before, began = Counter(), [[] for _ in group], False, 0, counts(), time.perf_counter()
         with recordings() as recorded:
@@ -144,7 +145,7 @@ def rows_of(contestants, counted, texts, floor, groups):
         same = all(a[:len(b)] == b[:len(a)] for a, b in zip(texts[label], texts[next(iter(contestants))]))
         round_ms = spread(1e3 * r["seconds"] / r["rounds"] for r in runs)
         rows.append(dict(
-            label=label, mode=contestant.mode, options=asdict(contestant.options) if contestant.options else None,
+            label=label, mode=contestant.mode, ctas=contestant.ctas, options=asdict(contestant.options) if contestant.options else None,
             tok_s=spread(speeds[label]), round_ms=round_ms, tokens_per_round=rate("tokens", "sequence_rounds"),
             acceptance_rate=rate("accepted", "tested"), hit_rate=rate("hits", "lookups"), of_ceiling=1e3 * floor / round_ms[0],
             first_ms=spread(1e3 * r["first"] / len(groups) for r in runs),
@@ -155,10 +156,10 @@ def rows_of(contestants, counted, texts, floor, groups):
 
 def contestants_for(args, pair):
     """{label: contestant}: ar, sd and ssd, and what --sweep or --vs-transformers add."""
-    make = lambda mode, options=None: Contestant(pair, mode, options, args.sampling, args.max_new_tokens)
+    make = lambda mode, options=None, ctas=None: Contestant(pair, mode, options, args.sampling, args.max_new_tokens, ctas)
     found = {"ar": make("ar")}
     if pair.draft is not None:
-        found |= {"sd": make("sd", args.options), "ssd": make("ssd", args.options)}
+        found |= {"sd": make("sd", args.options), "ssd": make("ssd", args.options, args.ctas)}
         for what, modes, field, values in (
                 ("k", ("sd", "ssd"), "k", KS), ("fanout", ("ssd",), "fanout_budget", (4, 8, 16, 32, 64)),
                 ("tree", ("sd", "ssd"), "tree", ("8", "16", "32", "64"))):
@@ -166,20 +167,23 @@ def contestants_for(args, pair):
                 for value in values:
                     options = replace(args.options, **{field: value}, **({"k": 10} if what == "tree" else {}))
                     title = {"k": f"K = {value}", "fanout": f"{value} outcomes", "tree": f"tree of {value}"}[what]
-                    found[f"{mode}, {title}"] = make(mode, options)
+                    found[f"{mode}, {title}"] = make(mode, options, args.ctas if mode == "ssd" else None)
+        for ctas in (None, *cta_budgets(args.device)) if "cta" in args.sweep else ():
+            found[f"ssd, {'full grid' if ctas is None else f'{ctas} CTAs'}"] = make("ssd", args.options, ctas)
     if args.vs_transformers:
         from measure.peers import transformers_contestants
         found |= transformers_contestants(pair, args.sampling, args.max_new_tokens, args.options.k)
     return found
 
 
-def parts(pair, options, context):
+def parts(pair, options, context, ctas):
     """Seconds of a round's parts, each alone, and of a verify with the next round's drafting beside it (chains only)."""
-    target, draft, k = pair.target, pair.draft, options.k
-    verify, branches = Step(target, k + 1, context), Step(draft, options.fanout_budget, context)
-    return dict(k=k, budget=options.fanout_budget, ar=Step(target, 1, context).seconds()[1], verify=verify.seconds()[1],
-                draft=Step(draft, 1, context).seconds()[1], branches=branches.seconds()[1],
-                together=overlapped(verify, branches, k + 1))
+    target, draft, k = pair.target.run_with(), pair.draft, options.k
+    branches = Step(draft, options.fanout_budget, context)
+    found = dict(k=k, budget=options.fanout_budget, ar=Step(target, 1, context).seconds()[1],
+                 verify=Step(target, k + 1, context).seconds()[1], draft=Step(draft, 1, context).seconds()[1],
+                 branches=branches.seconds()[1])
+    return dict(found, together=overlapped(Step(target.run_with(ctas=ctas), k + 1, context), branches, k + 1))
 
 
 def speed(args):
@@ -212,7 +216,7 @@ def speed(args):
                 weights, cached = step_bytes(pair.target.config, args.dtype, int(middle))
                 floor = (weights + size * cached) / machine["copy_bandwidth"]
                 head = dict(pair=pair.name, synthetic=pair.accept is not None, batch=size, prompt_tokens=[min(lengths), max(lengths)],
-                            new_tokens=args.max_new_tokens, dtype=str(args.dtype)[6:], temperature=args.sampling.temperature,
+                            new_tokens=args.max_new_tokens, dtype=str(args.dtype)[6:], temperature=args.sampling.temperature, ctas=args.ctas,
                             options=asdict(args.options), weight_bytes=weights, kv_bytes=size * cached, floor_ms=1e3 * floor,
                             parameters=[sum(p.numel() for p in m.parameters()) for m in (pair.target, pair.draft) if m is not None],
                             prompts=count, repeats=args.repeats)
@@ -221,7 +225,7 @@ def speed(args):
                     counted, outputs = compare(contestants, groups, args.repeats, args.device)
                 head["modes"] = rows_of(contestants, counted, outputs, floor, groups)
                 if pair.draft is not None and size == 1 and args.options.tree is None:
-                    head["parts"] = parts(pair, args.options, int(middle))
+                    head["parts"] = parts(pair, args.options, int(middle), args.ctas)
                     accept = pair.accept or contestants["ssd"].stats.rank_acceptance()
                     head["model"] = predicted(head["parts"], accept, args.options.k, args.options.fanout_budget)
                 print("\n".join(report.mode_lines(head)), flush=True)
@@ -361,8 +365,9 @@ def parse_flags(argv):
             ("--context", numbers, "N,N", None, "prompt tokens (default: the prompts as they are; 128 random, 512 in single steps)"),
             ("--rows", numbers, "N,N", [1, 8, 16, 32, 64], "tokens in a step, for --steps"),
             ("--k", int, "N", Options.k, "lookahead"), ("--tree", str, "TREE", None, "as in generate.py"),
+            ("--ctas", int, "N", None, "most programs a linear of the target launches in ssd, to leave room for the draft (GPU)"),
             ("--fanout-budget", int, "N", Options.fanout_budget, "outcomes guessed in a round"),
-            ("--sweep", names, "k,fanout,tree", [], "also time other values of these"),
+            ("--sweep", names, "k,fanout,tree,cta", [], "also time other values of these"),
             ("--steps", names, "SHAPES", None, "time single steps with random weights"),
             ("--kernels", names, "SHAPES", None, "time single kernels (GPU)")):
         add(flag, type=kind, metavar=metavar, default=default, help=help + ("" if default in (None, []) else f" (default {default})"))
@@ -381,7 +386,7 @@ def parse_flags(argv):
         (max(args.rows) > 128, "--rows: a step takes at most 128 tokens"),
         (args.max_new_tokens < 32, f"--max-new-tokens must be at least 32 to be timed, got {args.max_new_tokens}"),
         (not 0 <= args.temperature < math.inf, f"--temperature must be at least 0, got {args.temperature}"),
-        (set(args.sweep) - {"k", "fanout", "tree"}, f"--sweep takes k, fanout and tree, got {','.join(args.sweep)}"),
+        (set(args.sweep) - {"k", "fanout", "tree", "cta"}, f"--sweep takes k, fanout, tree and cta, got {','.join(args.sweep)}"),
         (shapes and (args.target or args.draft or args.pad or args.prompts or args.round_draft),
          "--target-shape means random weights: leave out --target, --draft, --round-draft, --pad and --prompts"),
         (shapes and bool(args.draft_shape) != (args.accept_rate is not None),

@@ -10,7 +10,7 @@ verify of K+1 tokens and d that of a draft step:
 On one GPU "beside" is measured, two streams sharing one memory; with the draft on a second GPU it is the longer of the two.
 Not in it: accept rule, read-back and lookup (some 20-50 us a round), and the tokens' way between two GPUs.
 """
-from measure.timing import Step, overlapped, random_cache
+from measure.timing import Step, cta_budgets, overlapped, random_cache
 from saguaro import expected_speedup, fan_out
 from tree import Tree
 
@@ -49,10 +49,15 @@ def predicted(times, accept, k, budget):
 
 
 def target_steps(target, context):
-    """(seconds of an ar step, {K: (Step of a verify, its seconds)}): what every draft is put beside."""
+    """(seconds of an ar step, {K: (Steps of a verify, seconds of the first)}): what every draft is put beside.
+
+    The first verify has the whole GPU, the second leaves a few multiprocessors to the draft.
+    """
     cache = random_cache(target, context, max(KS) + 1)
-    verifies = {k: Step(target, k + 1, context, cache) for k in KS}
-    return Step(target, 1, context, cache).seconds()[1], {k: (step, step.seconds()[1]) for k, step in verifies.items()}
+    budgets = [None, *cta_budgets(target.device)[1:2]]
+    ar = Step(target, 1, context, cache).seconds()[1]
+    verifies = {k: [Step(target.run_with(ctas=ctas), k + 1, context, cache) for ctas in budgets] for k in KS}
+    return ar, {k: (steps, steps[0].seconds()[1]) for k, steps in verifies.items()}
 
 
 def predictions(ar, verifies, draft, name, context):
@@ -61,9 +66,9 @@ def predictions(ar, verifies, draft, name, context):
     one = Step(draft, 1, context, cache).seconds()[1]
     branches = {n: Step(draft, n, context, cache) for n in BUDGETS}
     alone, plans = {n: step.seconds()[1] for n, step in branches.items()}, []
-    for k, (verify, seconds) in verifies.items():
+    for k, (steps, seconds) in verifies.items():
         for n, step in branches.items():
-            times = dict(ar=ar, verify=seconds, draft=one, together=overlapped(verify, step, k + 1))
+            times = dict(ar=ar, verify=seconds, draft=one, together=min(overlapped(verify, step, k + 1) for verify in steps))
             plans.append((k, n, times, dict(times, together=max(seconds, (k + 1) * alone[n]))))
     rows, best = [], lambda plans, mode: max(plans, key=lambda plan: plan[mode])
     for rate in RATES:

@@ -54,7 +54,8 @@ def run_lines(head, card):
     lines = [f"**{head['pair'][0].upper()}{head['pair'][1:]}** ({sizes} parameters), {head['dtype']}, batch {head['batch']}, "
              f"{head['prompts']} prompts of {least if least == most else f'{least} to {most}'} tokens, up to "
              f"{head['new_tokens']} new ones each, {guess}; " +
-             (f"{speculation}, {options['fanout_budget']} outcomes guessed ({options['fanout']} fan-out); "
+             (f"{speculation}, {options['fanout_budget']} outcomes guessed ({options['fanout']} fan-out)" +
+              (f", ssd's target on {head['ctas']} CTAs; " if head["ctas"] else "; ")
               if len(head["parameters"]) > 1 else "") + f"{head['repeats']} repeats.", ""]
     ceiling = (f"Ceiling: a target step reads {gigabytes(head['weight_bytes'])} of weights and {gigabytes(head['kv_bytes'])} of "
                f"K and V, at least {head['floor_ms']:.3f} ms, {1e3 * head['batch'] / head['floor_ms']:.0f} tok/s for ar.")

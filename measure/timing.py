@@ -74,6 +74,13 @@ def nvidia_driver():
         return None
 
 
+def cta_budgets(device):
+    """Programs to limit a target's linears to: two on all multiprocessors but 8, 16 or 32. None on a CPU."""
+    if device.type != "cuda":
+        return []
+    return [2 * (torch.cuda.get_device_properties(device).multi_processor_count - room) for room in (8, 16, 32)]
+
+
 def model_bytes(config, dtype):
     """Bytes of a model's weights, without making them."""
     return sum(p.numel() for p in Llama(config, "meta", dtype).parameters()) * dtype.itemsize

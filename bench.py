@@ -38,7 +38,7 @@ from errors import UserError, exit_on_user_error
 from generate import MODES, WEIGHTS, FlagParser, find_device, peak_memory
 from kernels import tune
 from measure import report
-from measure.pairs import SEQUENCES, check_memory, lengthened, shape, shape_pair, synthetic, text_pair
+from measure.pairs import check_memory, lengthened, shape, shape_pair, synthetic, text_pair
 from measure.plot import plot
 from measure.predict import KS, predicted, predictions, target_steps
 from measure.timing import Step, card, cta_budgets, model_bytes, overlapped, random_cache, random_model, step_bytes
@@ -78,8 +78,9 @@ class Contestant:
 
     def run(self, group, seeds):
         """Decode a group of prompts until the first of them ends. Returns (what was counted, the tokens of each)."""
-        models, options = ([self.pair.target], ()) if self.mode == "ar" else ([self.pair.target, self.pair.draft], (self.options,))
-        self.pair.target.run_with(ctas=self.ctas)
+        models, options = [self.pair.target.run_with(ctas=self.ctas)], ()
+        if self.mode != "ar":
+            models, options = [*models, self.pair.draft], (self.options,)
         counts = lambda: Counter({name: getattr(self.stats, name) for name in COUNTED})
         kept, texts, ended, slow, before, began = Counter(), [[] for _ in group], False, 0, counts(), time.perf_counter()
         with recordings() as recorded:
@@ -145,7 +146,8 @@ def rows_of(contestants, counted, texts, floor, groups):
         same = all(a[:len(b)] == b[:len(a)] for a, b in zip(texts[label], texts[next(iter(contestants))]))
         round_ms = spread(1e3 * r["seconds"] / r["rounds"] for r in runs)
         rows.append(dict(
-            label=label, mode=contestant.mode, ctas=contestant.ctas, options=asdict(contestant.options) if contestant.options else None,
+            label=label, mode=contestant.mode, ctas=contestant.ctas,
+            options=asdict(contestant.options) if contestant.options else None,
             tok_s=spread(speeds[label]), round_ms=round_ms, tokens_per_round=rate("tokens", "sequence_rounds"),
             acceptance_rate=rate("accepted", "tested"), hit_rate=rate("hits", "lookups"), of_ceiling=1e3 * floor / round_ms[0],
             first_ms=spread(1e3 * r["first"] / len(groups) for r in runs),
@@ -207,7 +209,7 @@ def speed(args):
         for context in args.context or [None]:
             prompts = pair.prompts if context is None else lengthened(pair.prompts, context)
             for size in args.batch:
-                count = max(1, SEQUENCES // size) * size
+                count = max(1, args.sequences // size) * size
                 texts = (prompts * -(-count // len(prompts)))[:count]
                 groups = [texts[i:i + size] for i in range(0, count, size)]
                 contestants = contestants_for(args, pair)
@@ -215,11 +217,13 @@ def speed(args):
                 middle = sum(lengths) / count + args.max_new_tokens / 2
                 weights, cached = step_bytes(pair.target.config, args.dtype, int(middle))
                 floor = (weights + size * cached) / machine["copy_bandwidth"]
-                head = dict(pair=pair.name, synthetic=pair.accept is not None, batch=size, prompt_tokens=[min(lengths), max(lengths)],
-                            new_tokens=args.max_new_tokens, dtype=str(args.dtype)[6:], temperature=args.sampling.temperature, ctas=args.ctas,
-                            options=asdict(args.options), weight_bytes=weights, kv_bytes=size * cached, floor_ms=1e3 * floor,
-                            parameters=[sum(p.numel() for p in m.parameters()) for m in (pair.target, pair.draft) if m is not None],
-                            prompts=count, repeats=args.repeats)
+                models = [model for model in (pair.target, pair.draft) if model is not None]
+                head = dict(pair=pair.name, synthetic=pair.accept is not None, batch=size, prompts=count,
+                            prompt_tokens=[min(lengths), max(lengths)], new_tokens=args.max_new_tokens,
+                            dtype=str(args.dtype)[6:], temperature=args.sampling.temperature, ctas=args.ctas,
+                            options=asdict(args.options), weight_bytes=weights, kv_bytes=size * cached,
+                            floor_ms=1e3 * floor, repeats=args.repeats,
+                            parameters=[model_bytes(model.config, args.dtype) // args.dtype.itemsize for model in models])
                 print("\n" + "\n".join(report.run_lines(head, machine)), flush=True)
                 with synthetic(pair):
                     counted, outputs = compare(contestants, groups, args.repeats, args.device)
@@ -352,7 +356,8 @@ def parse_flags(argv):
     add = parser.add_argument
     for flag, metavar, help in (
             ("--target", "DIR", "default: the embedded target"), ("--draft", "DIR", "default: the embedded draft"),
-            ("--target-shape", "SHAPE", f"random weights: {', '.join(SHAPES)}"), ("--draft-shape", "SHAPE", "the same for the draft"),
+            ("--target-shape", "SHAPE", f"random weights: {', '.join(SHAPES)}"),
+            ("--draft-shape", "SHAPE", "the same for the draft"),
             ("--pad", "SHAPE", "embed the target in that shape, where it computes the same at the cost of the shape"),
             ("--prompts", "FILE.jsonl", "default: 20 story openings"), ("--device", "D", "auto, cpu, cuda or cuda:N"),
             ("--json", "FILE", "write the JSON there too"), ("--plot", "FILE.svg", "draw the results")):
@@ -361,32 +366,35 @@ def parse_flags(argv):
             ("--round-draft", int, "BITS", None, "draft: the target with its linears rounded to so many bits"),
             ("--accept-rate", float, "X", None, "SYNTHETIC acceptance for --target-shape and --draft-shape"),
             ("--temperature", float, "T", 0.0, "0 is greedy"), ("--max-new-tokens", int, "N", 128, "in every sequence"),
-            ("--batch", numbers, "N,N", [1], "sequences at once"), ("--repeats", int, "N", None, "default: 5, on a CPU 3"),
-            ("--context", numbers, "N,N", None, "prompt tokens (default: the prompts as they are; 128 random, 512 in single steps)"),
+            ("--batch", numbers, "N,N", [1], "sequences at once"),
+            ("--sequences", int, "N", 4, "prompts in a repeat, at least the batch"), ("--repeats", int, "N", None, "default: 5, on a CPU 3"),
+            ("--context", numbers, "N,N", None, "prompt tokens (default: prompts as they are, 128 random ones; 512 in steps)"),
             ("--rows", numbers, "N,N", [1, 8, 16, 32, 64], "tokens in a step, for --steps"),
             ("--k", int, "N", Options.k, "lookahead"), ("--tree", str, "TREE", None, "as in generate.py"),
-            ("--ctas", int, "N", None, "most programs a linear of the target launches in ssd, to leave room for the draft (GPU)"),
+            ("--ctas", int, "N", None, "most programs of the target's linears in ssd: leaves room for the draft (GPU)"),
             ("--fanout-budget", int, "N", Options.fanout_budget, "outcomes guessed in a round"),
             ("--sweep", names, "k,fanout,tree,cta", [], "also time other values of these"),
             ("--steps", names, "SHAPES", None, "time single steps with random weights"),
             ("--kernels", names, "SHAPES", None, "time single kernels (GPU)")):
-        add(flag, type=kind, metavar=metavar, default=default, help=help + ("" if default in (None, []) else f" (default {default})"))
+        help += "" if default in (None, []) else f" (default {default})"
+        add(flag, type=kind, metavar=metavar, default=default, help=help)
     add("--fanout", default=Options.fanout, choices=("uniform", "geometric", "auto"))
     add("--draft-dtype", choices=("int8",))
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
-    for flag, help in (("--chat", "put the prompts under the chat template"), ("--vs-transformers", "add transformers' generate"),
+    for flag, help in (("--chat", "put the prompts under the chat template"),
+                       ("--vs-transformers", "add transformers' generate"),
                        ("--predict", "the speedup model with measured steps"), ("--speculation", "tables without a clock"),
                        ("--small", "fewer fan-out budgets in --speculation"), ("--report", "write README.md from results/")):
         add(flag, action="store_true", help=help)
     args = parser.parse_args(argv)
     shapes = args.target_shape and not args.predict
     for wrong, message in (
-        (min(*args.batch, *(args.context or [1]), *args.rows, args.repeats or 1, args.round_draft or 1) < 1,
-         "--batch, --context, --rows, --repeats and --round-draft must be at least 1"),
+        (min(*args.batch, *(args.context or [1]), *args.rows, args.repeats or 1, args.round_draft or 1, args.sequences,
+             args.ctas or 1) < 1, "--batch, --sequences, --context, --rows, --repeats, --round-draft and --ctas must be at least 1"),
         (max(args.rows) > 128, "--rows: a step takes at most 128 tokens"),
         (args.max_new_tokens < 32, f"--max-new-tokens must be at least 32 to be timed, got {args.max_new_tokens}"),
         (not 0 <= args.temperature < math.inf, f"--temperature must be at least 0, got {args.temperature}"),
-        (set(args.sweep) - {"k", "fanout", "tree", "cta"}, f"--sweep takes k, fanout, tree and cta, got {','.join(args.sweep)}"),
+        (set(args.sweep) - {"k", "fanout", "tree", "cta"}, f"--sweep takes k, fanout, tree and cta, not {','.join(args.sweep)}"),
         (shapes and (args.target or args.draft or args.pad or args.prompts or args.round_draft),
          "--target-shape means random weights: leave out --target, --draft, --round-draft, --pad and --prompts"),
         (shapes and bool(args.draft_shape) != (args.accept_rate is not None),

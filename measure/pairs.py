@@ -22,7 +22,6 @@ from tokenizer import Tokenizer
 STARTS = "Once upon a time, there was", "One day,", "Long ago, near the sea, lived", "In a small town,"
 HEROES = "a little fox named Tim", "a shy girl who loved to paint", "an old bear", "two brothers", "a brave duck"
 OPENINGS = [f"{start} {hero}" for start in STARTS for hero in HEROES]
-SEQUENCES = 4           # prompts in a repeat, at least
 SYNTHETIC = 3           # the noise stream of synthetic acceptance, beside those of kernels/noise.py
 
 
@@ -87,7 +86,7 @@ def shape_pair(args):
     if draft_config:
         draft = random_model(draft_config, args.device, args.dtype)
         draft = trim(draft, config.vocab_size) if draft_config.vocab_size < config.vocab_size else draft
-    prompts = torch.randint(1, (draft_config or config).vocab_size, (max(SEQUENCES, *args.batch), max(lengths)),
+    prompts = torch.randint(1, (draft_config or config).vocab_size, (max(args.sequences, *args.batch), max(lengths)),
                             generator=torch.Generator().manual_seed(0)).tolist()
     name = args.target_shape if draft is None else f"SYNTHETIC: {args.target_shape} + {args.draft_shape}, random weights, " \
         f"acceptance set to {args.accept_rate:g}"

@@ -1,51 +1,304 @@
-"""Measure what speculation buys, and write the tables of README.md from the measurements.
+"""How fast is this here, how far from the limit, and what does speculation buy? The ceiling first, then tables, then JSON.
 
-    python bench.py --json results/speculation_embedded.json                 the embedded pair
-    python bench.py --target DIR --round-draft 5 --prompts FILE.jsonl --chat   a target with itself, rounded, as its draft
-    python bench.py --steps llama-3.1-8b,smollm2-135m --context 512          ms of single steps, random weights
-    python bench.py --report                                                 README.md's tables from results/*.json
+    python bench.py                                             the embedded pair; on a GPU also at the cost of an 8B target
+    python bench.py --target DIR --draft DIR --prompts FILE     your pair on your prompts
+    python bench.py --target DIR --round-draft 5 --pad llama-3.1-8b     a small model's text at the cost of a large one
+    python bench.py --target-shape llama-3.1-8b --draft-shape llama-3.2-1b --accept-rate 0.8     random weights: SYNTHETIC
+    python bench.py --sweep k,fanout,tree,cta                   which lookahead, fan-out, tree, share of the GPU?
+    python bench.py --vs-transformers                           the same model and prompts in transformers
+    python bench.py --steps llama-3.1-8b --context 128,2048,8192     ms a token and share of the ceiling, random weights
+    python bench.py --kernels llama-3.1-8b                      TB/s of every linear, beside torch's F.linear (GPU)
+    python bench.py --predict                                   the speedup model: which draft size, K and fan-out?
+    python bench.py --speculation                               tokens per round and hit rates: no clock involved
+    python bench.py --report                                    README's tables and plots from results/*.json
 
-What is counted: tokens per round (accepted ones and the bonus token, as given out), acceptance (per token looked at), hit
-rate (outcomes found in the speculation cache, per sequence), draft forwards per round. These don't depend on the machine.
+A token is one that was given out: accepted drafted tokens and the target's own, not the prompt. tok/s is decoding alone, all
+sequences of a batch together; the first rounds of a run and those in which a CUDA graph was recorded are left out of it (how
+many is in the JSON). "First token" is what a user waits for: prompt processing of both models and a first round. The ceiling
+is the time in which a plain copy moves the bytes that one target step must read; "of ceiling" is that over ms per round.
+Figures are medians of repeats with [least..most]; modes take turns within a repeat, and a ratio is that of one repeat.
 """
 import argparse
+import contextlib
 import json
-import platform
+import math
+import shlex
+import sys
 import time
+from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 
 import torch
+import torch.nn.functional as F
 
 from batch import Options, Stats
 from errors import UserError, exit_on_user_error
-from generate import WEIGHTS, FlagParser
-from graphs import Graphs
-from model import KVCache, Llama
+from generate import MODES, WEIGHTS, FlagParser, find_device, peak_memory
+from kernels import tune
+from measure import report
+from measure.pairs import check_memory, lengthened, shape, shape_pair, synthetic, text_pair
+from measure.plot import plot
+from measure.predict import KS, predicted, predictions, target_steps
+from measure.timing import Step, card, cta_budgets, model_bytes, overlapped, random_cache, random_model, step_bytes
+from model import DTYPES, LlamaConfig
 from saguaro import sd, ssd
-from sampling import Sampler, Sampling
+from sampling import Sampling
 from shapes import SHAPES
-from tokenizer import Tokenizer
-from tree import Tree
 
-RESULTS = Path(__file__).resolve().parent / "results"
-STARTS = "Once upon a time, there was", "One day,", "Long ago, near the sea, lived", "In a small town,"
-HEROES = "a little fox named Tim", "a shy girl who loved to paint", "an old bear", "two brothers", "a brave duck"
-OPENINGS = [f"{start} {hero}" for start in STARTS for hero in HEROES]
+COUNTED = "tokens", "seconds", "rounds", "sequence_rounds", "accepted", "tested", "hits", "lookups", "prefill_seconds"
+SETTLE = 3              # rounds at the start of a run that aren't timed: steps run uncompiled, then are recorded
 
 
-def rounded(model, bits, group=64):
-    """The model's linear weights rounded to `bits` bits in groups of `group` inputs, in place; embeddings are kept.
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed: contestants take turns on the same prompts
 
-    A draft that needs no training and agrees with its target about as well as an off-the-shelf pair does.
-    """
-    for layer in model.layers:
-        for w in (layer.wqkv, layer.wo, layer.w_gate_up, layer.w_down):
-            groups = w.view(w.shape[0], -1, group)
-            low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-            step = ((high - low) / (2 ** bits - 1)).clamp(min=1e-12)
-            groups.copy_(((groups - low) / step).round() * step + low)
-    return model
+@contextlib.contextmanager
+def recordings():
+    """Counts the CUDA graphs recorded within: yields a Counter whose "graphs" goes up."""
+    plain, count = torch.cuda.CUDAGraph.capture_begin, Counter()
 
+    def counted(*args, **kwargs):
+        count["graphs"] += 1
+        return plain(*args, **kwargs)
+    torch.cuda.CUDAGraph.capture_begin = counted
+    try:
+        yield count
+    finally:
+        torch.cuda.CUDAGraph.capture_begin = plain
+
+
+class Contestant:
+    """A mode with its options. Its Stats go on from run to run, so that plans made of them settle in the warm-up."""
+
+    def __init__(self, pair, mode, options, sampling, new_tokens, ctas=None):
+        self.pair, self.mode, self.options, self.sampling, self.new_tokens = pair, mode, options, sampling, new_tokens
+        self.ctas, self.stats = ctas, Stats()
+
+    def run(self, group, seeds):
+        """Decode a group of prompts until the first of them ends. Returns (what was counted, the tokens of each)."""
+        models, options = [self.pair.target.run_with(ctas=self.ctas)], ()
+        if self.mode != "ar":
+            models, options = [*models, self.pair.draft], (self.options,)
+        counts = lambda: Counter({name: getattr(self.stats, name) for name in COUNTED})
+        kept, texts, ended, slow, before, began = Counter(), [[] for _ in group], False, 0, counts(), time.perf_counter()
+        with recordings() as recorded:
+            loop = MODES[self.mode](*models, group, self.new_tokens, self.sampling, *options, stop_ids=self.pair.stop_ids,
+                                    seeds=seeds, stats=self.stats)
+            for number, chunks in enumerate(loop):
+                if number == 0:
+                    kept["first"] = time.perf_counter() - began
+                    kept["prefill_seconds"] = self.stats.prefill_seconds - before["prefill_seconds"]
+                after, slow, earlier = counts(), recorded.pop("graphs", 0), slow
+                if number < SETTLE or slow or earlier:      # a loop runs a round ahead: the next one pays for a recording
+                    kept["left_out"] += 1
+                else:
+                    for name in COUNTED[:-1]:
+                        kept[name] += after[name] - before[name]
+                before = after
+                for chunk in chunks:
+                    texts[chunk.sequence] += chunk.tokens
+                    ended |= len(texts[chunk.sequence]) >= self.new_tokens or not self.pair.stop_ids.isdisjoint(chunk.tokens)
+                if ended:
+                    break
+            loop.close()
+        return kept, texts
+
+
+def compare(contestants, groups, repeats, device):
+    """Let {label: contestant} take turns. Returns {label: [what was counted in each repeat]} and {label: texts}."""
+    counted, texts = {label: [] for label in contestants}, {}
+    for repeat in range(-1, repeats):                           # -1 warms up: compiles, measures acceptance for the plans
+        turn = max(repeat, 0) % len(contestants)
+        for label in [*contestants][turn:] + [*contestants][:turn]:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats(device)
+            total, texts[label] = Counter(), []
+            for first, group in enumerate(groups):
+                seeds = list(range(first * len(group), (first + 1) * len(group)))
+                kept, text = contestants[label].run(group, seeds)
+                total += kept
+                texts[label] += text
+            if not total["tokens"]:
+                raise UserError("there was nothing to time: all texts ended within the first rounds; raise --max-new-tokens")
+            total["peak"] = peak_memory(device)
+            if repeat >= 0:
+                counted[label].append(total)
+    return counted, texts
+
+
+def spread(values):
+    """[median, least, most]."""
+    values = list(values)
+    return [median(values), min(values), max(values)]
+
+
+def rows_of(contestants, counted, texts, floor, groups):
+    """A dict of results for each contestant; floor: seconds that a target step takes at least."""
+    speeds = {label: [r["tokens"] / r["seconds"] for r in runs] for label, runs in counted.items()}
+    rows = []
+    for label, contestant in contestants.items():
+        runs, total = counted[label], sum(counted[label], Counter())
+        rate = lambda a, b: total[a] / total[b] if total[b] else None
+        against = lambda other: spread(a / b for a, b in zip(speeds[label], speeds[other])) if other in speeds else None
+        same = all(a[:len(b)] == b[:len(a)] for a, b in zip(texts[label], texts[next(iter(contestants))]))
+        round_ms = spread(1e3 * r["seconds"] / r["rounds"] for r in runs)
+        rows.append(dict(
+            label=label, mode=contestant.mode, ctas=contestant.ctas,
+            options=asdict(contestant.options) if contestant.options else None,
+            tok_s=spread(speeds[label]), round_ms=round_ms, tokens_per_round=rate("tokens", "sequence_rounds"),
+            acceptance_rate=rate("accepted", "tested"), hit_rate=rate("hits", "lookups"), of_ceiling=1e3 * floor / round_ms[0],
+            first_ms=spread(1e3 * r["first"] / len(groups) for r in runs),
+            prefill_ms=spread(1e3 * r["prefill_seconds"] / len(groups) for r in runs), peak_bytes=max(r["peak"] for r in runs),
+            vs_ar=against("ar"), vs_sd=against("sd"), same_text=same, rounds=total["rounds"], left_out=total["left_out"]))
+    return rows
+
+
+def contestants_for(args, pair):
+    """{label: contestant}: ar, sd and ssd, and what --sweep or --vs-transformers add."""
+    make = lambda mode, options=None, ctas=None: Contestant(pair, mode, options, args.sampling, args.max_new_tokens, ctas)
+    found = {"ar": make("ar")}
+    if pair.draft is not None:
+        found |= {"sd": make("sd", args.options), "ssd": make("ssd", args.options, args.ctas)}
+        for what, modes, field, values in (
+                ("k", ("sd", "ssd"), "k", KS), ("fanout", ("ssd",), "fanout_budget", (4, 8, 16, 32, 64)),
+                ("tree", ("sd", "ssd"), "tree", ("8", "16", "32", "64"))):
+            for mode in modes if what in args.sweep else ():
+                for value in values:
+                    options = replace(args.options, **{field: value}, **({"k": 10} if what == "tree" else {}))
+                    title = {"k": f"K = {value}", "fanout": f"{value} outcomes", "tree": f"tree of {value}"}[what]
+                    found[f"{mode}, {title}"] = make(mode, options, args.ctas if mode == "ssd" else None)
+        for ctas in (None, *cta_budgets(args.device)) if "cta" in args.sweep else ():
+            found[f"ssd, {'full grid' if ctas is None else f'{ctas} CTAs'}"] = make("ssd", args.options, ctas)
+    if args.vs_transformers:
+        from measure.peers import transformers_contestants
+        found |= transformers_contestants(pair, args.sampling, args.max_new_tokens, args.options.k)
+    return found
+
+
+def parts(pair, options, context, ctas):
+    """Seconds of a round's parts, each alone, and of a verify with the next round's drafting beside it (chains only)."""
+    target, draft, k = pair.target.run_with(), pair.draft, options.k
+    branches = Step(draft, options.fanout_budget, context)
+    found = dict(k=k, budget=options.fanout_budget, ar=Step(target, 1, context).seconds()[1],
+                 verify=Step(target, k + 1, context).seconds()[1], draft=Step(draft, 1, context).seconds()[1],
+                 branches=branches.seconds()[1])
+    return dict(found, together=overlapped(Step(target.run_with(ctas=ctas), k + 1, context), branches, k + 1))
+
+
+def speed(args):
+    """Time the modes on every pair, batch size and context asked for."""
+    machine, results = card(args.device), []
+    print("\n".join(report.card_lines(machine)), flush=True)
+    if args.target_shape:
+        makers = [lambda: shape_pair(args)]
+    elif args.target or args.pad or args.device.type == "cpu":
+        makers = [lambda: text_pair(args, args.pad)]
+    else:
+        makers = [lambda: text_pair(args, None), lambda: text_pair(args, "llama-3.1-8b")]
+    for number, maker in enumerate(makers):
+        try:
+            pair = maker()
+        except UserError as error:
+            if number == 0:
+                raise
+            print(f"\nnot run: the embedded pair at the cost of an 8B target: {error}")
+            continue
+        for context in args.context or [None]:
+            prompts = pair.prompts if context is None else lengthened(pair.prompts, context)
+            for size in args.batch:
+                count = max(1, args.sequences // size) * size
+                texts = (prompts * -(-count // len(prompts)))[:count]
+                groups = [texts[i:i + size] for i in range(0, count, size)]
+                contestants = contestants_for(args, pair)
+                lengths = list(map(len, texts))
+                middle = sum(lengths) / count + args.max_new_tokens / 2
+                weights, cached = step_bytes(pair.target.config, args.dtype, int(middle))
+                floor = (weights + size * cached) / machine["copy_bandwidth"]
+                models = [model for model in (pair.target, pair.draft) if model is not None]
+                head = dict(pair=pair.name, synthetic=pair.accept is not None, batch=size, prompts=count,
+                            prompt_tokens=[min(lengths), max(lengths)], new_tokens=args.max_new_tokens,
+                            dtype=str(args.dtype)[6:], temperature=args.sampling.temperature, ctas=args.ctas,
+                            options=asdict(args.options), weight_bytes=weights, kv_bytes=size * cached,
+                            floor_ms=1e3 * floor, repeats=args.repeats,
+                            parameters=[model_bytes(model.config, args.dtype) // args.dtype.itemsize for model in models])
+                print("\n" + "\n".join(report.run_lines(head, machine)), flush=True)
+                with synthetic(pair):
+                    counted, outputs = compare(contestants, groups, args.repeats, args.device)
+                head["modes"] = rows_of(contestants, counted, outputs, floor, groups)
+                if pair.draft is not None and size == 1 and args.options.tree is None:
+                    head["parts"] = parts(pair, args.options, int(middle), args.ctas)
+                    accept = pair.accept or contestants["ssd"].stats.rank_acceptance()
+                    head["model"] = predicted(head["parts"], accept, args.options.k, args.options.fanout_budget)
+                print("\n".join(report.mode_lines(head)), flush=True)
+                results.append(head)
+    return dict(kind="speed", card=machine, runs=results)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Single steps, single kernels, the speedup model
+
+def steps(args):
+    """Time single steps of the shapes in --steps at every --context."""
+    machine, rows = card(args.device), []
+    for name in args.steps:
+        config = shape(name)
+        contexts = args.context or [512]
+        check_memory(args, config, None, max(contexts))
+        model = random_model(config, args.device, args.dtype)
+        for context in contexts:
+            weights, cached = step_bytes(config, args.dtype, context)
+            cache = random_cache(model, context, max(args.rows))
+            for n in args.rows:
+                least, middle, most = Step(model, n, context, cache).seconds()
+                rows.append(dict(shape=name, context=context, rows=n, ms=[1e3 * middle, 1e3 * least, 1e3 * most],
+                                 weight_bytes=weights, kv_bytes=cached, bandwidth=(weights + cached) / middle))
+                print(f"{name}, context {context}, {n} tokens: {1e3 * middle:.3f} ms", flush=True)
+        del model, cache
+    return dict(kind="steps", card=machine, dtype=str(args.dtype)[6:], rows=rows)
+
+
+def kernel_speeds(args):
+    """Time every linear of a layer, and the head, against F.linear, over weights that rotate past the L2 cache."""
+    if args.device.type != "cuda":
+        raise UserError("--kernels times Triton kernels and needs a CUDA GPU")
+    machine, rows = card(args.device), []
+    for name in args.kernels:
+        shape(name)
+        for op, N, K, head_dim, kv in tune.operations(name):
+            size = 2 * N * K
+            copies = max(2, min(64, int(tune.L2_BYTES / size)))
+            weights = [torch.randn(N, K, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+            for n in (1, 8, 32):
+                x = torch.randn(n, K, device="cuda", dtype=torch.bfloat16)
+                ours = tune.microseconds(tune.workload(op, N, K, head_dim, kv, n, False, copies))
+                plain = tune.microseconds(lambda i: F.linear(x, weights[i % copies]))
+                rows.append(dict(shape=name, op=op, N=N, K=K, rows=n, us=ours, torch_us=plain, bytes=size))
+                print(f"{name} {op} {N} x {K}, {n} rows: {ours:.1f} us, F.linear {plain:.1f} us", flush=True)
+            del weights
+            torch.cuda.empty_cache()
+    return dict(kind="kernels", card=machine, rows=rows)
+
+
+def predict(args):
+    """Measure the steps of a target shape and of several draft shapes, and put them into the speedup model."""
+    machine, cuda = card(args.device), args.device.type == "cuda"
+    name = args.target_shape or ("llama-3.1-8b" if cuda else "smollm2-135m")
+    drafts = [args.draft_shape] if args.draft_shape else [d for d in SHAPES if SHAPES[d].dim < shape(name).dim and cuda]
+    configs = {draft: shape(draft) for draft in drafts} or {"embedded draft": LlamaConfig.from_folder(WEIGHTS / "draft")}
+    context, rows = (args.context or [512])[0], []
+    check_memory(args, shape(name), max(configs.values(), key=lambda c: model_bytes(c, args.dtype)), context)
+    measured = target_steps(random_model(shape(name), args.device, args.dtype), context)
+    for draft, config in configs.items():
+        rows += predictions(*measured, random_model(config, args.device, args.dtype), draft, context)
+        print(f"timed {name} with {draft}", flush=True)
+    return dict(kind="predict", card=machine, target=name, context=context, dtype=str(args.dtype)[6:], rows=rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speculation without a clock
 
 def configurations(small):
     """(table, row, Sampling, Options, loop) of every run."""
@@ -67,171 +320,142 @@ def configurations(small):
         yield "speculation", f"best tree of {nodes}", Sampling(), Options(k=10, tree=str(nodes)), sd
 
 
-def measure(target, draft, prompts, new_tokens, batch, small):
-    rows = []
-    for table, row, sampling, options, loop in configurations(small):
+def speculation(args):
+    """Tokens per round, acceptance, hit rate and draft forwards of many configurations: the same on every machine."""
+    pair, rows, size = text_pair(args, args.pad), [], args.batch[0]
+    if pair.draft is None:
+        raise UserError("--speculation needs a draft: give --draft DIR or --round-draft BITS")
+    for table, row, sampling, options, loop in configurations(args.small):
         totals, began = Stats(), time.time()
-        for first in range(0, len(prompts), batch):
-            group = prompts[first:first + batch]
-            for _ in loop(target, draft, group, new_tokens, sampling, options, stats=totals,
+        for first in range(0, len(pair.prompts), size):
+            group = pair.prompts[first:first + size]
+            for _ in loop(pair.target, pair.draft, group, args.max_new_tokens, sampling, options, stats=totals,
                           seeds=list(range(first, first + len(group)))):
                 pass
         rows.append(dict(table=table, row=row, **{k: v for k, v in totals.summary().items() if "seconds" not in k}))
         print(f"{table}: {row}: {totals.tokens_per_round:.2f} tokens a round, acceptance {totals.acceptance_rate:.3f}, "
               f"hit rate {totals.hit_rate:.3f}  ({time.time() - began:.0f} s)", flush=True)
-    return rows
+    what = f"{pair.name[0].upper()}{pair.name[1:]}, {len(pair.prompts)} prompts, {args.max_new_tokens} new tokens, " \
+           f"{str(args.dtype)[6:]}; K = 6 and budget 16 where not said otherwise"
+    return dict(kind="speculation", what=what, rows=rows, torch=torch.__version__, device=str(args.device))
 
 
-def copy_bandwidth(device, size=1 << 30):
-    """Bytes a second of a large copy, read and written: what memory gives here."""
-    a, b = (torch.empty(size if device.type == "cuda" else size >> 4, dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * a.numel() / median_seconds(lambda: b.copy_(a), device)[1]
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+def names(text):
+    return text.split(",")
 
 
-def median_seconds(run, device, repeats=50):
-    """(10th percentile, median, 90th percentile) of run() in seconds, by events on a GPU."""
-    times = []
-    for _ in range(repeats if device.type == "cuda" else 7):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        else:
-            began = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - began)
-    times.sort()
-    return times[len(times) // 10], times[len(times) // 2], times[-1 - len(times) // 10]
+def numbers(text):
+    return [int(part) for part in text.split(",")]
 
 
-@torch.inference_mode()
-def step_times(name, context, device, rows=(1, 8, 16, 32, 64)):
-    """Time decoding steps of one sequence over `rows` tokens: forward, head, choice. Returns a list of dicts.
+def parse_flags(argv):
+    parser = FlagParser("bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    for flag, metavar, help in (
+            ("--target", "DIR", "default: the embedded target"), ("--draft", "DIR", "default: the embedded draft"),
+            ("--target-shape", "SHAPE", f"random weights: {', '.join(SHAPES)}"),
+            ("--draft-shape", "SHAPE", "the same for the draft"),
+            ("--pad", "SHAPE", "embed the target in that shape, where it computes the same at the cost of the shape"),
+            ("--prompts", "FILE.jsonl", "default: 20 story openings"), ("--device", "D", "auto, cpu, cuda or cuda:N"),
+            ("--json", "FILE", "write the JSON there too"), ("--plot", "FILE.svg", "draw the results")):
+        add(flag, metavar=metavar, help=help)
+    for flag, kind, metavar, default, help in (
+            ("--round-draft", int, "BITS", None, "draft: the target with its linears rounded to so many bits"),
+            ("--accept-rate", float, "X", None, "SYNTHETIC acceptance for --target-shape and --draft-shape"),
+            ("--temperature", float, "T", 0.0, "0 is greedy"), ("--max-new-tokens", int, "N", 128, "in every sequence"),
+            ("--batch", numbers, "N,N", [1], "sequences at once"),
+            ("--sequences", int, "N", 4, "prompts in a repeat, at least the batch"), ("--repeats", int, "N", None, "default: 5, on a CPU 3"),
+            ("--context", numbers, "N,N", None, "prompt tokens (default: prompts as they are, 128 random ones; 512 in steps)"),
+            ("--rows", numbers, "N,N", [1, 8, 16, 32, 64], "tokens in a step, for --steps"),
+            ("--k", int, "N", Options.k, "lookahead"), ("--tree", str, "TREE", None, "as in generate.py"),
+            ("--ctas", int, "N", None, "most programs of the target's linears in ssd: leaves room for the draft (GPU)"),
+            ("--fanout-budget", int, "N", Options.fanout_budget, "outcomes guessed in a round"),
+            ("--sweep", names, "k,fanout,tree,cta", [], "also time other values of these"),
+            ("--steps", names, "SHAPES", None, "time single steps with random weights"),
+            ("--kernels", names, "SHAPES", None, "time single kernels (GPU)")):
+        help += "" if default in (None, []) else f" (default {default})"
+        add(flag, type=kind, metavar=metavar, default=default, help=help)
+    add("--fanout", default=Options.fanout, choices=("uniform", "geometric", "auto"))
+    add("--draft-dtype", choices=("int8",))
+    add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    for flag, help in (("--chat", "put the prompts under the chat template"),
+                       ("--vs-transformers", "add transformers' generate"),
+                       ("--predict", "the speedup model with measured steps"), ("--speculation", "tables without a clock"),
+                       ("--small", "fewer fan-out budgets in --speculation"), ("--report", "write README.md from results/")):
+        add(flag, action="store_true", help=help)
+    args = parser.parse_args(argv)
+    shapes = args.target_shape and not args.predict
+    for wrong, message in (
+        (min(*args.batch, *(args.context or [1]), *args.rows, args.repeats or 1, args.round_draft or 1, args.sequences,
+             args.ctas or 1) < 1, "--batch, --sequences, --context, --rows, --repeats, --round-draft and --ctas must be at least 1"),
+        (max(args.rows) > 128, "--rows: a step takes at most 128 tokens"),
+        (args.max_new_tokens < 32, f"--max-new-tokens must be at least 32 to be timed, got {args.max_new_tokens}"),
+        (not 0 <= args.temperature < math.inf, f"--temperature must be at least 0, got {args.temperature}"),
+        (set(args.sweep) - {"k", "fanout", "tree", "cta"}, f"--sweep takes k, fanout, tree and cta, not {','.join(args.sweep)}"),
+        (shapes and (args.target or args.draft or args.pad or args.prompts or args.round_draft),
+         "--target-shape means random weights: leave out --target, --draft, --round-draft, --pad and --prompts"),
+        (shapes and bool(args.draft_shape) != (args.accept_rate is not None),
+         "random models never agree: --draft-shape and --accept-rate go together"),
+        (not args.target_shape and (args.accept_rate is not None or args.draft_shape and not args.predict),
+         "--draft-shape and --accept-rate are for --target-shape; a real pair has an acceptance of its own"),
+        (args.accept_rate is not None and not 0 <= args.accept_rate < 1, "--accept-rate must lie in [0, 1)"),
+        (args.draft and args.round_draft, "--draft or --round-draft, not both"),
+        (args.vs_transformers and (args.batch != [1] or args.target_shape or args.draft_dtype),
+         "--vs-transformers takes --batch 1 and a real pair, its draft not in int8"),
+        (args.plot and (args.steps or args.kernels), "--plot draws speeds, --predict and --speculation, not single steps or kernels"),
+        (any(path and not Path(path).parent.is_dir() for path in (args.json, args.plot)), "no such folder for --json or --plot"),
+    ):
+        if wrong:
+            raise UserError(message)
+    args.prompt, args.device = None, find_device(args.device or "auto")
+    if args.device.type == "cuda":
+        args.device = torch.device("cuda", args.device.index or 0)
+    args.dtype = DTYPES[args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")]
+    args.repeats = args.repeats or (5 if args.device.type == "cuda" else 3)
+    args.sampling = Sampling(args.temperature)
+    args.options = Options(k=args.k, tree=args.tree, fanout=args.fanout, fanout_budget=args.fanout_budget)
+    args.options.check()
+    return args
 
-    One token is an AR step, more of them a verify step or, as branches, a draft step. The bytes are those of the weights,
-    without the embedding where it isn't the head, and of the K and V in context.
-    """
-    config, out = SHAPES[name], []
-    model = Llama(config, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    for p in model.parameters():
-        p.fill_(1.0) if p.dim() == 1 else p.normal_(0, p.shape[1] ** -0.5)
-    weights = sum(p.numel() for p in model.parameters()) - (0 if config.tie_embeddings else model.embed.numel())
-    cached = 2 * config.n_layers * config.n_kv_heads * config.head_dim * context
-    moved = (weights + cached) * model.embed.element_size()
-    cache = KVCache(config, 1, context + max(rows) + 1, device, model.dtype)
-    cache.k.normal_()
-    cache.v.normal_()
-    sampler, start = Sampler(Sampling(), [0], device), torch.full((1,), context, device=device)
-    for n in rows:
-        tree = Tree([-1] + [0] * (n - 1), device)               # a root and its children: every row counts the same
-        graphs, tokens = Graphs(model.graphs), torch.randint(0, config.vocab_size, (1, n), device=device)
-        positions, slots = start[:, None] + tree.node_depth, start[:, None] + torch.arange(n, device=device)
 
-        class Step:                                             # a method, as Graphs wants it
-            def run(self, tokens):
-                hidden = model(tokens, positions, slots, start, tree.ancestors, cache)
-                return sampler.choose(model, hidden, positions + 1, 1)
-        step = Step()
-        for _ in range(3):                                      # compile, record, replay
-            graphs(step.run, tokens)
-        low, mid, high = median_seconds(lambda: graphs(step.run, tokens), device)
-        out.append(dict(shape=name, rows=n, context=context, ms=mid * 1e3, ms_10=low * 1e3, ms_90=high * 1e3,
-                        bandwidth=moved / mid))
-    return out
-
-
-def steps(args):
-    """Print and return the step times of the shapes in --steps, beside the copy bandwidth."""
-    device = torch.device(args.device)
-    for name in args.steps.split(","):
-        if name not in SHAPES:
-            raise UserError(f"--steps {name}: unknown shape; expected some of {', '.join(SHAPES)}")
-    ceiling, rows = copy_bandwidth(device), []
-    print(f"copy: {ceiling / 1e12:.3f} TB/s (read and written)")
-    for name in args.steps.split(","):
-        for row in step_times(name, args.context, device):
-            rows.append(row)
-            print(f"{name}, context {args.context}, {row['rows']} tokens: {row['ms']:.3f} ms [{row['ms_10']:.3f}, "
-                  f"{row['ms_90']:.3f}], {row['bandwidth'] / 1e12:.3f} TB/s, {row['bandwidth'] / ceiling:.0%} of the copy",
-                  flush=True)
-    return dict(what=f"Steps with random weights on {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}",
-                copy_bandwidth=ceiling, rows=rows, torch=torch.__version__)
-
-
-def report():
-    """Write the table of each results file between its markers in README.md."""
-    readme = Path(__file__).resolve().parent / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for path in sorted(RESULTS.glob("speculation_*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        begin, end = f"<!-- {path.name} -->\n", f"<!-- end of {path.name} -->"
-        if begin not in text or end not in text:
-            raise UserError(f"README.md has no place for {path.name}; expected the lines {begin.strip()} and {end}")
-        head, rest = text.split(begin)
-        text = head + begin + tables(result) + end + rest.split(end, 1)[1]
-    readme.write_text(text, encoding="utf-8")
-
-
-def tables(result):
-    lines = [f"{result['what']}. Command: `{result['command']}`.", ""]
-    lines += ["| | tokens per round | acceptance | hit rate | draft forwards per round |", "|-|-|-|-|-|"]
-    for r in result["rows"]:
-        hit = "" if r["table"] == "speculation" else f"{r['hit_rate']:.3f}"
-        lines.append(f"| {r['table']}: {r['row']} | {r['tokens_per_round']:.2f} | {r['acceptance_rate']:.3f} | {hit} | "
-                     f"{r['forwards_per_round']:.1f} |")
-    return "\n".join(lines) + "\n"
+def command_line(argv):
+    """The command that made a result, without where it was written."""
+    argv, kept = list(argv), []
+    while argv:
+        flag = argv.pop(0)
+        if flag in ("--json", "--plot"):
+            argv.pop(0)
+        elif not flag.startswith(("--json=", "--plot=")):
+            kept.append(flag)
+    return shlex.join(["python", "bench.py", *kept])
 
 
 def main(argv=None):
-    parser = FlagParser("bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--target", metavar="DIR", help="default: the embedded target")
-    add("--draft", metavar="DIR", help="default: the embedded draft")
-    add("--round-draft", type=int, metavar="BITS", help="draft: the target with its linears rounded to so many bits")
-    add("--prompts", metavar="FILE.jsonl", help="default: 20 story openings")
-    add("--chat", action="store_true", help="put the prompts under the chat template")
-    add("--max-new-tokens", type=int, default=128, metavar="N")
-    add("--batch", type=int, default=10, metavar="N")
-    add("--small", action="store_true", help="fewer fan-out budgets")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--json", metavar="FILE", help="write the measurements there")
-    add("--steps", metavar="SHAPES", help=f"time single steps of {', '.join(SHAPES)} with random weights, and stop")
-    add("--context", type=int, default=512, metavar="N", help="tokens in the cache, for --steps (default 512)")
-    add("--report", action="store_true", help="write README.md's tables from results/ and stop")
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_flags(argv)
     if args.report:
-        return report()
-    if args.steps:
-        result = steps(args)
-        if args.json:
-            Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        return
-    if args.target is not None and args.draft is None and args.round_draft is None:
-        raise UserError("--target needs a draft: give --draft DIR or --round-draft BITS")
-    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    folder = args.target or WEIGHTS / "target"
-    target, tokenizer = Llama.load(folder, args.device, dtype), Tokenizer.from_folder(folder)
-    if args.round_draft:
-        draft = rounded(Llama.load(folder, args.device, torch.float32), args.round_draft).to(dtype)
-    else:
-        draft = Llama.load(args.draft or WEIGHTS / "draft", args.device, dtype)
-    texts = OPENINGS
-    if args.prompts:
-        texts = [json.loads(line)["prompt"] for line in Path(args.prompts).read_text(encoding="utf-8").splitlines()]
-    encode = (lambda text: tokenizer.chat([{"role": "user", "content": text}])) if args.chat else tokenizer.prompt
-    rows = measure(target, draft, [encode(text) for text in texts], args.max_new_tokens, args.batch, args.small)
-    who = "The embedded pair" if args.target is None else Path(folder).resolve().name + \
-        (f", its draft itself rounded to {args.round_draft} bits" if args.round_draft else "")
-    flags = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {Path(str(value)).name}")
-             for name, value in vars(args).items() if value not in (None, False) and name not in ("json", "device", "context")]
-    result = dict(what=f"{who}, {len(texts)} prompts, {args.max_new_tokens} new tokens, {str(dtype)[6:]}; K = 6 and "
-                       f"budget 16 where not said otherwise", command="python bench.py " + " ".join(flags), rows=rows,
-                  torch=torch.__version__, python=platform.python_version(), device=args.device)
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        return report.write()
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
+    work = (steps if args.steps else kernel_speeds if args.kernels else predict if args.predict else
+            speculation if args.speculation else speed)
+    try:
+        result = dict(command=command_line(argv), **work(args))
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{str(error).splitlines()[0]} Choose a smaller shape, or lower --batch, --context or "
+                        f"--fanout-budget.") from None
+    if work is not speed:
+        print("\n" + report.tables(result), end="")
+    for path, text in ((args.json, json.dumps(result, indent=1) + "\n"), (args.plot, plot(result))):
+        if path:
+            try:
+                Path(path).write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"{path}: {error.strerror}") from None
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

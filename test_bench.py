@@ -1,26 +1,66 @@
-"""bench.py: README's tables are what results/ says, and rounding a model keeps what it promises to keep."""
+"""bench.py: README is what results/ says; what is counted and timed; rounding and synthetic acceptance keep their promises."""
 import json
-from pathlib import Path
+import xml.etree.ElementTree as ElementTree
 
+import pytest
 import torch
 
 import bench
+from errors import UserError
+from measure import pairs, predict, report, timing
+from measure.plot import plot
 from model import Llama, LlamaConfig
+from sampling import Sampling
+from tree import Tree
 
-ROOT = Path(__file__).resolve().parent
+TINY = LlamaConfig(vocab_size=64, dim=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=48, tie_embeddings=True)
 
 
-def test_readme_tables_come_from_results():
-    readme, found = (ROOT / "README.md").read_text(encoding="utf-8"), sorted((ROOT / "results").glob("speculation_*.json"))
-    assert found
+@pytest.fixture
+def tiny_shapes(monkeypatch):
+    for name in ("tiny", "tiny-draft"):
+        monkeypatch.setitem(bench.SHAPES, name, TINY)
+    monkeypatch.setitem(timing.COPY_BYTES, "cpu", 1 << 20)
+    monkeypatch.setattr(timing, "median_seconds", lambda run, device, repeats=None: (run(), (1e-3, 2e-3, 4e-3))[1])
+
+
+def run(capsys, *flags):
+    """bench.py's JSON line and what it printed before."""
+    bench.main([*flags, "--device", "cpu"])
+    *printed, last = capsys.readouterr().out.splitlines()
+    return json.loads(last), "\n".join(printed)
+
+
+def test_readme_is_what_results_say():
+    readme = report.README.read_text(encoding="utf-8")
+    found = report.shown(readme)
+    assert {"speculation_embedded.json", "speculation_smollm2.json"} <= {path.name for path in found}
     for path in found:
-        table = bench.tables(json.loads(path.read_text(encoding="utf-8")))
-        assert f"<!-- {path.name} -->\n{table}<!-- end of {path.name} -->" in readme, "run python bench.py --report"
+        assert f"<!-- {path.name} -->\n{report.block(path)}<!-- end of {path.name} -->" in readme, "run python bench.py --report"
+        drawn = plot(json.loads(path.read_text(encoding="utf-8")))
+        assert not drawn or path.with_suffix(".svg").read_text(encoding="utf-8") == drawn, "run python bench.py --report"
+
+
+def test_report_fills_in_what_there_is_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    result = json.loads((report.ROOT / "results" / "speculation_embedded.json").read_text(encoding="utf-8"))
+    (tmp_path / "a.json").write_text(json.dumps(result))
+    (tmp_path / "other.json").write_text("no place in README")
+    empty = "before\n<!-- a.json -->\nold\n<!-- end of a.json -->\nbetween\n<!-- b.json -->\n<!-- end of b.json -->\nafter\n"
+    report.README.write_text(empty)
+    report.write()
+    once = report.README.read_text()
+    assert "old" not in once and "| accept: T = 0.0, coupled " in once and "![a](results/a.svg)" in once
+    assert once.startswith("before\n") and once.endswith("between\n<!-- b.json -->\n<!-- end of b.json -->\nafter\n")
+    report.write()
+    assert report.README.read_text() == once
+    ElementTree.fromstring((tmp_path / "a.svg").read_text())
 
 
 def test_rounded_keeps_embeddings_and_uses_few_levels():
     config = LlamaConfig(vocab_size=20, dim=64, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=32, ffn_dim=128)
-    model, before = bench.rounded(Llama.random(config, 0, dtype=torch.float32), 4), Llama.random(config, 0, dtype=torch.float32)
+    model, before = pairs.rounded(Llama.random(config, 0, dtype=torch.float32), 4), Llama.random(config, 0, dtype=torch.float32)
     assert torch.equal(model.embed, before.embed) and torch.equal(model.head, before.head)
     for name in ("wqkv", "wo", "w_gate_up", "w_down"):
         new, old = (getattr(m.layers[0], name) for m in (model, before))
@@ -29,21 +69,122 @@ def test_rounded_keeps_embeddings_and_uses_few_levels():
         assert ((new - old).view(-1, 64).abs() <= step[:, None] / 2 + 1e-6).all()
 
 
-def test_step_times_count_the_bytes(monkeypatch):
-    config = LlamaConfig(vocab_size=64, dim=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=48, tie_embeddings=True)
-    monkeypatch.setitem(bench.SHAPES, "tiny", config)
-    rows = bench.step_times("tiny", 20, torch.device("cpu"), rows=(1, 4))
-    model = Llama.random(config, dtype=torch.float32)
-    moved = 4 * (sum(p.numel() for p in model.parameters()) + 2 * 2 * 16 * 20)
-    assert [row["rows"] for row in rows] == [1, 4]
-    for row in rows:
-        assert row["ms_10"] <= row["ms"] <= row["ms_90"]
-        assert abs(row["bandwidth"] * row["ms"] / 1e3 / moved - 1) < 1e-6
+def test_bytes_of_a_step():
+    model = Llama.random(TINY, dtype=torch.float32)
+    weights = sum(p.numel() for p in model.parameters())
+    assert timing.model_bytes(TINY, torch.float32) == 4 * weights
+    assert timing.step_bytes(TINY, torch.float32, 20) == (4 * weights, 4 * 2 * 2 * 16 * 20)
+    untied = LlamaConfig(**{**vars(TINY), "tie_embeddings": False})                 # one row of the embedding is nothing
+    assert timing.step_bytes(untied, torch.bfloat16, 0) == (2 * weights, 0)
+    eight = timing.step_bytes(bench.SHAPES["llama-3.1-8b"], torch.bfloat16, 0)[0]
+    assert abs(eight / 15.0e9 - 1) < 0.01
 
 
-def test_unknown_shape(capsys):
-    try:
-        bench.main(["--steps", "llama-9", "--device", "cpu"])
-        raise AssertionError("accepted")
-    except bench.UserError as error:
-        assert "llama-9" in str(error) and "llama-3.1-8b" in str(error)
+def test_steps(capsys, tiny_shapes):
+    result, printed = run(capsys, "--steps", "tiny", "--context", "5,20", "--rows", "1,4")
+    assert [(r["context"], r["rows"], r["ms"]) for r in result["rows"]] == \
+        [(c, n, [2.0, 1.0, 4.0]) for c in (5, 20) for n in (1, 4)]
+    weights, cached = timing.step_bytes(TINY, torch.float32, 20)
+    assert result["rows"][-1]["bandwidth"] == (weights + cached) / 2e-3
+    assert "tiny, context 20, 4 tokens" in printed and "K and V" in printed and result["command"].startswith("python bench.py")
+
+
+def test_speed_of_the_embedded_pair(capsys, tiny_shapes, tmp_path):
+    where = [str(tmp_path / name) for name in ("a.json", "a.svg")]
+    result, printed = run(capsys, "--max-new-tokens", "32", "--repeats", "2", "--batch", "1,2", "--temperature", "0.5",
+                          "--k", "4", "--json", where[0], "--plot", where[1])
+    assert result["command"] == "python bench.py --max-new-tokens 32 --repeats 2 --batch 1,2 --temperature 0.5 --k 4 --device cpu"
+    assert json.loads((tmp_path / "a.json").read_text()) == result
+    assert "What runs when" in (tmp_path / "a.svg").read_text()
+    assert [head["batch"] for head in result["runs"]] == [1, 2]
+    for head in result["runs"]:
+        assert [m["label"] for m in head["modes"]] == ["ar", "sd", "ssd"]
+        assert all(m["same_text"] for m in head["modes"])
+        ar, sd, ssd = head["modes"]
+        assert ar["tokens_per_round"] == 1 and ar["hit_rate"] is None and ar["vs_ar"] == [1, 1, 1]
+        assert sd["tokens_per_round"] > 1.5 and sd["hit_rate"] is None and 0 < ssd["hit_rate"] < 1
+        assert all(m["tok_s"][1] <= m["tok_s"][0] <= m["tok_s"][2] for m in head["modes"])
+    for words in ("float32", "batch 2", "K = 4", "16 outcomes guessed (geometric fan-out)", "temperature 0.5", "Ceiling", "tok/s"):
+        assert words in printed
+
+
+def test_synthetic_acceptance(capsys, tiny_shapes):
+    """The rates that come out are those that were asked for, all modes write the same, and it says SYNTHETIC."""
+    result, printed = run(capsys, "--target-shape", "tiny", "--draft-shape", "tiny-draft", "--accept-rate", "0.8", "--repeats",
+                          "1", "--max-new-tokens", "300")
+    (head,) = result["runs"]
+    assert head["synthetic"] and "SYNTHETIC: tiny + tiny-draft" in printed and "SYNTHETIC mode" in printed
+    assert all(m["same_text"] for m in head["modes"])
+    ar, sd, ssd = head["modes"]
+    assert abs(sd["acceptance_rate"] - 0.8) < 0.04 and abs(ssd["acceptance_rate"] - 0.8) < 0.04
+    assert abs(ssd["hit_rate"] - predict.predicted(head["parts"], predict.rank_law(0.8), 6, 16)["hit_rate"]) < 0.06
+
+
+def test_settled_rounds_only(monkeypatch):
+    """The first rounds, those that record a CUDA graph and the ones after them are left out of time and tokens."""
+    pair = pairs.text_pair(bench.parse_flags(["--device", "cpu"]), None)
+    contestant = bench.Contestant(pair, "ar", None, Sampling(), 32)
+    kept, (text,) = contestant.run([pair.prompts[0]], [0])
+    assert kept["tokens"] == kept["rounds"] == len(text) - bench.SETTLE and kept["left_out"] == bench.SETTLE
+    assert 0 < kept["seconds"] < contestant.stats.seconds
+    real = bench.MODES["ar"]
+
+    def recording(*args, **kwargs):
+        for number, chunks in enumerate(real(*args, **kwargs)):
+            if number == 10:
+                torch.cuda.CUDAGraph.capture_begin(None)
+            yield chunks
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", lambda *_: None)
+    monkeypatch.setitem(bench.MODES, "ar", recording)
+    assert contestant.run([pair.prompts[0]], [0])[0]["left_out"] == bench.SETTLE + 2
+
+
+def test_lengthened_prompts_end_as_they_did():
+    prompts = [[1, 2, 3], [4, 5]]
+    assert pairs.lengthened(prompts, 7) == [[4, 5, 1, 2, 3, 4, 5, 1, 2, 3][-7:], pairs.lengthened(prompts, 7)[1]]
+    assert all(len(p) == 7 and p[-len(q):] == q for p, q in zip(pairs.lengthened(prompts, 7), prompts))
+
+
+def test_speedup_model():
+    accept = predict.rank_law(0.75)
+    assert accept[0] == 0.75 and all(a >= b for a, b in zip(accept[1:], accept[2:])) and sum(accept) < 1
+    assert abs(sum(accept[:4]) - (1 - 0.25 * 4 ** -predict.RANK_EXPONENT)) < 1e-12
+    tree, perfect = Tree.chain(3), [1.0] + [0.0] * 9
+    assert predict.hit_rate(tree, perfect, [1, 1, 1, 1]) == 1                       # always all accepted, and then its 1st choice
+    assert predict.hit_rate(tree, perfect, [1, 1, 1, 0]) == 0
+    free = dict(ar=1.0, verify=1.0, draft=0.0, together=1.0)                        # a draft that costs nothing
+    tokens = 1 + 0.75 + 0.75 ** 2 + 0.75 ** 3
+    for mode in ("sd", "ssd"):
+        assert abs(predict.predicted(free, accept, 3, 8)[mode] - tokens) < 1e-9
+    dear = dict(ar=1.0, verify=1.0, draft=0.5, together=1.0)
+    ssd_, sd_ = (predict.predicted(dear, accept, 3, 8)[mode] for mode in ("ssd", "sd"))
+    hit = predict.predicted(dear, accept, 3, 8)["hit_rate"]
+    assert abs(sd_ - tokens / 2.5) < 1e-9 and abs(ssd_ - tokens / (hit + (1 - hit) * 2.5)) < 1e-9
+
+
+def test_predict(capsys, tiny_shapes):
+    result, printed = run(capsys, "--predict", "--target-shape", "tiny", "--draft-shape", "tiny-draft", "--context", "16")
+    assert len(result["rows"]) == len(predict.RATES) and "PREDICTED" in printed
+    ElementTree.fromstring(plot(result))
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--steps", "llama-9"], "llama-9.*llama-3.1-8b"), (["--kernels", "llama-3.1-8b"], "needs a CUDA GPU"),
+    (["--target", "/nowhere"], "no such checkpoint folder"), (["--prompts", "/nowhere"], "/nowhere"),
+    (["--sweep", "colour"], "colour"), (["--batch", "0"], "at least 1"), (["--max-new-tokens", "4"], "at least 32"),
+    (["--draft-shape", "smollm2-135m"], "--target-shape"), (["--target-shape", "llama-3.2-1b", "--accept-rate", "0.5"], "together"),
+    (["--target-shape", "llama-3.2-1b", "--chat", "--prompts", "x"], "leave out"), (["--k", "0"], "--k"),
+    (["--target-shape", "llama-3.1-8b", "--batch", "100000"], r"GB are needed.*lower --batch"), (["--batch", "a"], "--batch"),
+    (["--context", "2000"], "context of 1024")])
+def test_bad_requests(flags, says, tiny_shapes):
+    with pytest.raises(UserError, match=says) as error:
+        bench.main([*flags, "--device", "cpu"])
+    assert "\n" not in str(error.value)
+
+
+def test_transformers_writes_the_same(tiny_shapes, capsys):
+    pytest.importorskip("transformers")
+    result, printed = run(capsys, "--vs-transformers", "--max-new-tokens", "32", "--repeats", "1")
+    rows = {m["label"]: m for m in result["runs"][0]["modes"]}
+    assert rows["transformers generate"]["same_text"] and rows["transformers assisted"]["same_text"]
+    assert rows["transformers assisted"]["tokens_per_round"] > 1.5

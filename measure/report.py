@@ -1,0 +1,163 @@
+"""Tables of results, on the terminal and, from results/*.json, in README.md: the same code makes both.
+
+In README.md a result stands between `<!-- NAME.json -->` and `<!-- end of NAME.json -->`; `write` fills in every result
+there is and draws its plot beside it as results/NAME.svg, if its kind has one.
+"""
+import json
+from pathlib import Path
+
+from errors import UserError
+from measure.plot import plot
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, README = ROOT / "results", ROOT / "README.md"
+
+
+def table(head, rows):
+    """A markdown table with padded columns, so that it reads well on a terminal too. Ends in a newline."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(head, *rows)]
+    line = lambda cells: "| " + " | ".join(cell.ljust(width) if i == 0 else cell.rjust(width)
+                                           for i, (cell, width) in enumerate(zip(cells, widths))) + " |\n"
+    rule = "|" + "|".join("-" * (width + 2) if i == 0 else "-" * (width + 1) + ":" for i, width in enumerate(widths)) + "|\n"
+    return line(head) + rule + "".join(map(line, rows))
+
+
+def spread(values, digits=1, unit=""):
+    """[median, least, most] as text."""
+    if values is None:
+        return "-"
+    middle, least, most = (f"{value:.{digits}f}" for value in values)
+    return f"{middle}{unit} [{least}..{most}]"
+
+
+def ratio(value, form):
+    return "-" if value is None else f"{value:{form}}"
+
+
+def gigabytes(n):
+    return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
+
+
+def card_lines(card):
+    where = card["device"] + (f", {card['threads']} threads" if card["threads"] else f", driver and power limit {card['driver']}")
+    return [f"{where}; torch {card['torch']}, triton {card['triton']}, Python {card['python']}. "
+            f"A copy moves {card['copy_bandwidth'] / 1e12:.3f} TB/s (read + write)."]
+
+
+def run_lines(head, card):
+    """What is about to run, and its ceiling."""
+    options, (least, most) = head["options"], head["prompt_tokens"]
+    sizes = " + ".join(f"{n / 1e6:.1f} M" if n < 1e9 else f"{n / 1e9:.2f} B" for n in head["parameters"])
+    guess = "greedy" if head["temperature"] == 0 else f"temperature {head['temperature']:g}"
+    speculation = f"K = {options['k']}" if options["tree"] is None else f"tree {options['tree']}"
+    lines = [f"**{head['pair'][0].upper()}{head['pair'][1:]}** ({sizes} parameters), {head['dtype']}, batch {head['batch']}, "
+             f"{head['prompts']} prompts of {least if least == most else f'{least} to {most}'} tokens, up to "
+             f"{head['new_tokens']} new ones each, {guess}; " +
+             (f"{speculation}, {options['fanout_budget']} outcomes guessed ({options['fanout']} fan-out)" +
+              (f", ssd's target on {head['ctas']} CTAs; " if head["ctas"] else "; ")
+              if len(head["parameters"]) > 1 else "") + f"{head['repeats']} repeats.", ""]
+    ceiling = (f"Ceiling: a target step reads {gigabytes(head['weight_bytes'])} of weights and {gigabytes(head['kv_bytes'])} of "
+               f"K and V, at least {head['floor_ms']:.3f} ms, {1e3 * head['batch'] / head['floor_ms']:.0f} tok/s for ar.")
+    if head["weight_bytes"] < card["cache_bytes"]:
+        ceiling += " It fits into the L2 cache, which is faster: no ceiling at all."
+    return lines + [ceiling]
+
+
+def mode_lines(head):
+    rows = []
+    for r in head["modes"]:
+        rows.append([r["label"], spread(r["tok_s"]), spread(r["round_ms"], 2), ratio(r["tokens_per_round"], ".2f"),
+                     ratio(r["acceptance_rate"], ".3f"), ratio(r["hit_rate"], ".3f"), ratio(r["of_ceiling"], ".0%"),
+                     spread(r["first_ms"], 0), gigabytes(r["peak_bytes"]), spread(r["vs_ar"], 2), spread(r["vs_sd"], 2),
+                     "yes" if r["same_text"] else "no"])
+    synthetic = "SYNTHETIC " if head["synthetic"] else ""
+    columns = [synthetic + "mode", "tok/s", "ms per round", "tokens per round", "accepted", "hit rate", "of ceiling",
+               "first token ms", "peak memory", "x ar", "x sd", "ar's text"]
+    lines = [table(columns, rows)]
+    if "parts" in head:
+        p, m = head["parts"], head["model"]
+        lines.append(f"Parts of a round, each alone: target step {1e3 * p['ar']:.3f} ms, verify of {p['k'] + 1} "
+                     f"{1e3 * p['verify']:.3f} ms, draft step {1e3 * p['draft']:.3f} ms, with {p['budget']} branches "
+                     f"{1e3 * p['branches']:.3f} ms; verify beside {p['k'] + 1} of these {1e3 * p['together']:.3f} ms. The speedup "
+                     f"model makes sd {m['sd']:.2f} x ar and ssd {m['ssd']:.2f} x ar of that.\n")
+    return lines
+
+
+def speed_table(result):
+    text = "\n".join(card_lines(result["card"])) + "\n"
+    for head in result["runs"]:
+        text += "\n" + "\n".join(run_lines(head, result["card"])) + "\n\n" + "\n".join(mode_lines(head))
+    return text
+
+
+def steps_table(result):
+    copy = result["card"]["copy_bandwidth"]
+    rows = [[f"{r['shape']}, context {r['context']}, {r['rows']} token{'s' * (r['rows'] > 1)}", spread(r["ms"], 3),
+             gigabytes(r["weight_bytes"]), gigabytes(r["kv_bytes"]), f"{r['bandwidth'] / 1e12:.2f}", f"{r['bandwidth'] / copy:.0%}"]
+            for r in result["rows"]]
+    return "\n".join(card_lines(result["card"])) + f" Random weights, {result['dtype']}, batch 1.\n\n" + \
+        table(["a step of", "ms", "weights", "K and V", "TB/s", "of ceiling"], rows)
+
+
+def kernels_table(result):
+    rate = lambda r, us: r["bytes"] / r[us] / 1e6
+    rows = [[f"{r['shape']} {r['op']} {r['N']} x {r['K']}, {r['rows']} row{'s' * (r['rows'] > 1)}", f"{r['us']:.1f}",
+             f"{rate(r, 'us'):.2f}", f"{r['torch_us']:.1f}", f"{rate(r, 'torch_us'):.2f}", f"{r['torch_us'] / r['us']:.2f}"]
+            for r in result["rows"]]
+    return "\n".join(card_lines(result["card"])) + " bfloat16; ours does its fused work (norm, RoPE, SiLU, residual, choice) " \
+        "as well, F.linear the bare product.\n\n" + table(["linear", "us", "TB/s", "F.linear us", "TB/s", "x F.linear"], rows)
+
+
+def predict_table(result):
+    plan = lambda p, mode: f"{p[mode]:.2f} (K = {p['k']}" + (f", {p['budget']})" if mode == "ssd" else ")")
+    rows = [[f"{r['draft']} ({r['draft_ms']:.2f} ms a step, {r['branch_ms']:.2f} with 16 branches)", f"{r['rate']:.1f}",
+             plan(r["sd"], "sd"), plan(r["one"], "ssd"), plan(r["two"], "ssd"), f"{r['one']['hit_rate']:.2f}",
+             f"{1e3 / r['ar_ms'] * r['one']['ssd']:.0f}"] for r in result["rows"]]
+    return "\n".join(card_lines(result["card"])) + f" Target {result['target']} ({result['rows'][0]['ar_ms']:.2f} ms a step), " \
+        f"{result['dtype']}, context {result['context']}, batch 1. PREDICTED from measured steps, not run:\n\n" + \
+        table(["draft", "accepted", "sd x ar", "ssd x ar", "ssd x ar, draft on a second GPU", "hit rate", "ssd tok/s"], rows)
+
+
+def speculation_table(result):
+    rows = [[f"{r['table']}: {r['row']}", f"{r['tokens_per_round']:.2f}", f"{r['acceptance_rate']:.3f}",
+             "" if r["table"] == "speculation" else f"{r['hit_rate']:.3f}", f"{r['forwards_per_round']:.1f}"]
+            for r in result["rows"]]
+    return result["what"] + ".\n\n" + \
+        table(["", "tokens per round", "acceptance", "hit rate", "draft forwards per round"], rows)
+
+
+KINDS = {"speed": speed_table, "steps": steps_table, "kernels": kernels_table, "predict": predict_table,
+         "speculation": speculation_table}
+
+
+def tables(result):
+    """The tables of a result, ending in a newline."""
+    return KINDS[result["kind"]](result)
+
+
+def block(path):
+    """What README.md says between the markers of a results file."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    text = f"Command: `{result['command']} --json results/{path.name}`\n\n" + tables(result)
+    return text + (f"\n![{path.stem}](results/{path.stem}.svg)\n" if plot(result) else "")
+
+
+def shown(readme):
+    """The results files that README.md has a place for and that exist."""
+    return [path for path in sorted(RESULTS.glob("*.json")) if f"<!-- {path.name} -->\n" in readme]
+
+
+def write():
+    """Bring README.md and the plots up to date with results/."""
+    text = README.read_text(encoding="utf-8")
+    for path in shown(text):
+        begin, end = f"<!-- {path.name} -->\n", f"<!-- end of {path.name} -->"
+        head, rest = text.split(begin)
+        if end not in rest:
+            raise UserError(f"README.md: {begin.strip()} without {end}")
+        text = head + begin + block(path) + end + rest.split(end, 1)[1]
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if drawn := plot(result):
+            path.with_suffix(".svg").write_text(drawn, encoding="utf-8")
+    README.write_text(text, encoding="utf-8")

@@ -765,12 +765,17 @@ def test_prompt_lookup():
 # ---------------------------------------------------------------------------------------------------------------------
 # bf16 on a GPU, where no difference is excused
 
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA GPU: bf16 exactness is a property of the Triton kernels")
+gpu_only = pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA GPU: streams, graphs and bf16 exactness are its own")
+
+
+def embedded_pair():
+    return [Llama.load(ROOT / "weights" / name, DEVICE, torch.bfloat16) for name in ("target", "draft")]
+
+
+@gpu_only
 @pytest.mark.parametrize("batch, tree, temperature", list(itertools.product([1, 4], [None, "16"], [0.0, 1.0])))
 def test_bf16_texts_are_equal_on_the_gpu(batch, tree, temperature):
-    folders = [ROOT / "weights" / name for name in ("target", "draft")]
-    models = [Llama.load(folder, DEVICE, torch.bfloat16) for folder in folders]
+    models = embedded_pair()
     prompts = [random.Random(i).choices(range(100, 4000), k=5 + 3 * i) for i in range(batch)]
     sampling, options = Sampling(temperature, seed=batch), Options(tree=tree)
     wanted = run(saguaro.autoregressive, models, prompts, 160, sampling)[0]
@@ -779,3 +784,42 @@ def test_bf16_texts_are_equal_on_the_gpu(batch, tree, temperature):
             for model in models:
                 model.run_with(graphs=graphs)
             assert run(loop, models, prompts, 160, sampling, options)[0] == wanted, (loop.__name__, graphs)
+
+
+@gpu_only
+@pytest.mark.parametrize("tree", [None, "16"])
+def test_streams_may_be_late(tree, monkeypatch):
+    """Either side of a round starts late by chance, twenty times: the tokens stay the same."""
+    models, rng = embedded_pair(), random.Random(0)
+    prompts, options = [random.Random(i).choices(range(100, 4000), k=5 + 3 * i) for i in range(3)], Options(tree=tree)
+    wanted = run(saguaro.autoregressive, models, prompts, 64, Sampling(0.8, seed=1))[0]
+
+    def late(work):
+        def wrapper(*args):
+            torch.cuda._sleep(rng.choice((0, 0, 100_000, 2_000_000)))
+            return work(*args)
+        return wrapper
+    for side, step in ((Target, "verify"), (Drafter, "precompute"), (Drafter, "switch"), (Drafter, "fall_back")):
+        monkeypatch.setattr(side, step, late(getattr(side, step)))
+    for _ in range(20):
+        assert run(saguaro.ssd, models, prompts, 64, Sampling(0.8, seed=1), options)[0] == wanted
+
+
+@gpu_only
+@pytest.mark.parametrize("loop", (saguaro.autoregressive, saguaro.sd, saguaro.ssd))
+def test_a_round_allocates_nothing_and_waits_for_nothing_but_its_outcome(loop):
+    """Once all graphs are recorded: no memory from the allocator, and none of the syncs that torch knows of."""
+    models, stats = embedded_pair(), Stats()
+    options = () if loop is saguaro.autoregressive else (Options(fanout="uniform", fanout_budget=8),)
+    rounds = loop(*models[:1 + len(options)], [[0, 300, 200, 100]], 600, Sampling(1.0, seed=3), *options, stats=stats)
+    for _ in itertools.islice(rounds, 60):                                  # hits and misses, each more than once
+        pass
+    assert loop is not saguaro.ssd or stats.sources["neural"][0] > 3 and stats.sources["hit"][0] > 3
+    allocated = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in itertools.islice(rounds, 40):
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == allocated

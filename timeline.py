@@ -7,6 +7,7 @@ run is over.
 import bisect
 import contextlib
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -155,10 +156,11 @@ def draw(spans, width=100, rounds=6, color=False):
                       f"{'':7} {legend}{hidden}"])
 
 
-def report(timeline, path=None, picture=False, out=sys.stderr, width=100):
-    """What --trace (path) and --timeline (picture) ask for, when a run is over."""
+def report(timeline, path=None, picture=False):
+    """What --trace (path) and --timeline (picture, on stderr) ask for, when a run is over."""
     spans = timeline.spans()
     if picture:
-        print(draw(spans, width, color=out.isatty()), file=out)
+        width = shutil.get_terminal_size((109, 24)).columns - 9
+        print(draw(spans, max(40, width), color=sys.stderr.isatty()), file=sys.stderr)
     if path is not None:
         write_chrome_trace(spans, path)

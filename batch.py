@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from errors import UserError
-from graphs import ReadBack
+from graphs import ReadBack, cross
 from kernels import MAX_ROWS
 from sampling import Sampler
 from timeline import Timeline
@@ -188,7 +188,7 @@ class Batch:
 
     def post(self, *tensors):
         """Send a round's outcome on its way to the host: report [B, 2D+5] and, in SSD, found [B, 2]."""
-        self.posted.append(self.read_back.post(*tensors))
+        self.posted.append(self.read_back.post(*(cross(x, tensors[0].device) for x in tensors)))
 
     def outcomes(self, tree, ahead=None):
         """Yield the chunks of the rounds that are due: all but `ahead`, or all as soon as some sequence has ended."""
@@ -203,7 +203,8 @@ class Batch:
         Returns (chunks, whether each sequence hit). drafter: SSD's, whose guesses are counted.
         """
         stats, D = self.stats, tree.depth
-        report, found = (*self.posted.pop(0)(), None)[:2]
+        with stats.span("read-back", "host"):
+            report, found = (*self.posted.pop(0)(), None)[:2]
         chunks, hits, lookups = [], [], []
         for row, line in enumerate(report):
             hit, branch = found[row] if found else (0, 0)

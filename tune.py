@@ -108,12 +108,12 @@ def measure(target_model, draft_model, sampling=Sampling(), batch=1, context=256
     branches = BRANCHES if draft_model.device.type == "cuda" else (8, 32)
     drafter = Drafter(draft_model, prompts, Tree.chain(K, draft_model.device), None, sampler, Options(),
                       context + (K + 1) * (max(branches) + 2), Stats())
-    one = seconds(lambda: drafter.speculate(tokens[:, 0]), devices) / K
+    one = seconds(lambda: drafter.speculate(), devices) / K
     times.draft.append([1, one])
     for n in sorted({*branches, BUDGET}, key=lambda n: (n == BUDGET, n)):           # the budget last: it stays planned
         drafter.plan(drafter.tree, [n // (K + 1) + (i < n % (K + 1)) for i in range(K + 1)])
-        spec = drafter.speculate(tokens[:, 0])
-        beside = seconds(lambda: drafter.precompute(spec), devices)
+        drafter.speculate()
+        beside = seconds(drafter.precompute, devices)
         times.draft.append([n, max(one, (beside - one) / K)])
     budgets = [None]
     if target_model.ops is TRITON:
@@ -121,7 +121,7 @@ def measure(target_model, draft_model, sampling=Sampling(), batch=1, context=256
         budgets += [2 * (count - room) for room in ROOM if room < count // 2]
     for ctas in budgets:
         run_with(target_model, ctas)
-        target = Target(target_model, prompts, sampler, context + 2 * max(TOKENS))
+        target = Target(target_model, prompts, sampler, context + 2 * max(TOKENS), Stats())
         start = target.prefix_len.clone()
 
         def verify(n, tree):

@@ -11,7 +11,6 @@ max(a, b) + (1 - e) min(a, b), where e, how much of the shorter one disappears b
 CTA budget of the target. extra, what rounds take beyond that, comes from a short run of each mode on the text at hand,
 and so does the acceptance of the draft's 1st, 2nd, ... choice, from which E and the hit rate p follow.
 """
-import itertools
 import json
 import os
 import sys
@@ -86,17 +85,18 @@ def interpolate(points, x):
 # Measuring
 
 def seconds(run, devices):
-    """Median seconds of run(), until its last kernel is done. The first calls compile kernels and record graphs."""
-    cuda, times = any(device.type == "cuda" for device in devices), []
-    for repeat in range(3 + 15 if cuda else 1 + 3):
+    """Seconds of run(), until its last kernel is done: the median, or on a CPU, which others use too, the least.
+
+    The first calls compile kernels and record graphs.
+    """
+    cuda, times = [device for device in devices if device.type == "cuda"], []
+    for _ in range(18 if cuda else 6):
         began = time.perf_counter()
         run()
-        for device in devices:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+        for device in cuda:
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)
-    times = sorted(times[3 if cuda else 1:])
-    return times[len(times) // 2]
+    return sorted(times[3:])[7] if cuda else min(times)
 
 
 @torch.inference_mode()
@@ -173,7 +173,7 @@ def expected(tree, fan, accept):
     """(tokens a round, hit rate) of a tree and its fan-out, if the target takes the draft's r-th choice with chance
     accept[r]: guesses go on where a node's children end, so the rates of their ranks add up.
 
-    (On the embedded pair that is within .03 of measured hit rates, where F^-r, which a fan-out of 1 never satisfies, is not.)
+    (On the embedded pair that is within .04 of measured hit rates, where F^-r, which a fan-out of 1 never satisfies, is not.)
     """
     reach = [1.0] * tree.size
     for node in range(1, tree.size):
@@ -196,26 +196,21 @@ def choose(times, stats, draft_model, options=Options(), asked=()):
         if mode not in plans or B * yields / seconds > plans[mode].tokens_per_second:
             plans[mode] = Plan(*plan, B * yields / seconds)
 
-    depths = (options.k,) if "k" in asked else DEPTHS
-    shapes = [(k, None) for k in ((options.k,) if "k" in asked else CHAINS)]
-    shapes += [(k, str(n)) for n, k in itertools.product(TREES, depths)] if "k" not in asked else []
-    if "tree" in asked:
-        shapes = [(k, options.tree) for k in (depths if isinstance(options.widths(), int) else (options.k,))]
-    vocab_size = draft_model.config.vocab_size
-    for k, widths in shapes:
-        shape = replace(options, k=k, tree=widths)
-        if "tree" not in asked and int(widths or 1) >= vocab_size - 1:
-            continue                                                        # toy vocabularies: no node may have so many
+    fixed, vocab_size = "k" in asked, draft_model.config.vocab_size
+    sizes = [options.tree] if "tree" in asked else [None] if fixed else [None, *(str(n) for n in TREES if n < vocab_size - 1)]
+    depths = lambda size: (options.k,) if fixed or "," in (size or "") else DEPTHS if size else CHAINS
+    for size, k in ((size, k) for size in sizes for k in depths(size)):
+        shape = replace(options, k=k, tree=size)
         tree = None
         for budget in (options.fanout_budget,) if "fanout_budget" in asked else BUDGETS:
             tree, fan = make_plan(replace(shape, fanout_budget=budget), stats, draft_model, tree)
             yields, hit = expected(tree, fan, accept)
             backup = times.draft_seconds(tree)
-            offer("sd", times.verify_seconds(tree.size) + backup + times.extra["sd"], k, widths, budget, None)
+            offer("sd", times.verify_seconds(tree.size) + backup + times.extra["sd"], k, size, budget, None)
             wide = sum(fan) * max(map(len, tree.levels[:-1])) > MAX_ROWS
             for ctas, _ in times.overlap if not wide or "ssd" not in plans else ():
                 round_time = times.together_seconds(tree, sum(fan), ctas) + (1 - hit ** B) * backup + times.extra["ssd"]
-                offer("ssd", round_time, k, widths, budget, ctas)
+                offer("ssd", round_time, k, size, budget, ctas)
     return plans
 
 

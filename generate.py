@@ -33,8 +33,7 @@ WEIGHTS = Path(__file__).resolve().parent / "weights"               # the embedd
 MODES = {"ar": autoregressive, "sd": sd, "ssd": ssd}
 TINTS = {"accepted-hit": "\033[32m", "accepted-miss": "\033[33m", "bonus": "\033[36m"}     # green, yellow, cyan
 WARM_UP_TOKENS = 16             # --compare runs each mode this far beforehand, so that none is timed while it compiles
-TUNE_TOKENS = 128               # --tune runs each mode this far to see what the draft is worth
-TUNE_TEXT = "Tell me a long story about the sea."           # ... on this where no prompt is given
+TUNE_TEXT = "Tell me a long story about the sea."           # what --tune runs on where no prompt is given
 TUNED = "k", "tree", "fanout_budget"                        # what a plan sets unless the user does
 
 
@@ -155,16 +154,11 @@ class Engine:
         """
         if len(self.models) == 1:
             return
-        key = tune.cache_key(*self.models, self.args.batch)
-        if not self.args.tune:
-            known = tune.load(key)
-        else:
-            length, free = max(map(len, prompts)), min(config.max_context for config in self.configs.values())
-            new = min(TUNE_TOKENS, free - length)
+        if self.args.tune:
             print("tune: measuring", file=sys.stderr)
-            times = tune.measure(*self.models, self.sampling, len(prompts), length + new // 2)
-            known = times, tune.try_modes(times, *self.models, prompts, new, self.sampling, self.options, self.stop_ids)
-            tune.save(key, *known, tune.choose(*known, self.models[1]))
+            known = tune.find(*self.models, prompts, self.sampling, self.options, self.stop_ids)
+        else:
+            known = tune.load(*self.models, len(prompts))
         if known is None:
             return
         self.plans = tune.choose(*known, self.models[1], self.options, self.asked)

@@ -154,18 +154,19 @@ def test_tuned_plans_run_and_keep_the_text(measured):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tune, "cache_key", lambda target, draft, batch: target)
     return tmp_path / "cache" / "saguaro" / "tune.json"
 
 
 def test_cache_keeps_what_was_measured(cache, capsys):
     plans = tune.choose(machine(), GOOD, DRAFT)
-    assert tune.load("pair") is None
+    assert tune.load("pair", None, 1) is None
     GOOD.misses[3] = [10, 4]
     tune.save("pair", machine(), GOOD, plans)
     tune.save("other", machine(verify=1.0), GOOD, plans)
-    times, stats = tune.load("pair")
+    times, stats = tune.load("pair", None, 1)
     assert times == machine() and stats.choices == GOOD.choices and stats.misses == {3: [10, 4]}
-    assert tune.choose(times, stats, DRAFT) == plans and tune.load("other")[0].verify_seconds(1) == 1.0
+    assert tune.choose(times, stats, DRAFT) == plans and tune.load("other", None, 1)[0].verify_seconds(1) == 1.0
     entry = json.loads(cache.read_text())["pair"]
     assert entry["fastest"] == "ssd" and entry["plans"]["sd"]["tree"] == "63"
     assert os.listdir(cache.parent) == ["tune.json"] and capsys.readouterr() == ("", "")
@@ -176,11 +177,11 @@ def test_cache_keeps_what_was_measured(cache, capsys):
 def test_broken_cache_is_ignored(cache, capsys, content):
     cache.parent.mkdir(parents=True)
     cache.write_bytes(content.encode("utf-8", "surrogateescape"))
-    assert tune.load("pair") is None
+    assert tune.load("pair", None, 1) is None
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and str(cache) in err and "--tune" in err
     tune.save("pair", machine(), GOOD, tune.choose(machine(), GOOD, DRAFT))
-    assert tune.load("pair")[0] == machine()
+    assert tune.load("pair", None, 1)[0] == machine()
 
 
 def test_unwritable_cache_is_told_of(tmp_path, monkeypatch, capsys):

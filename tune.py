@@ -36,6 +36,7 @@ CHAINS = 1, 2, 3, 4, 5, 6, 8, 10, 12
 TREES = 8, 15, 31, 63                   # drafted tokens: with its root a tree fills the 16 rows of an MMA tile
 DEPTHS = 4, 6, 8, 10
 BUDGETS = 4, 8, 16, 32
+TRIAL = 128                             # new tokens of the short runs
 ROOM = 8, 16, 32                        # streaming multiprocessors that a CTA budget leaves to the draft
 
 
@@ -166,6 +167,19 @@ def try_modes(times, target_model, draft_model, prompts, new_tokens, sampling, o
     return stats
 
 
+def find(target_model, draft_model, prompts, sampling, options, stop_ids=()):
+    """Measure all there is to know about a pair, on a batch of prompts (lists of ids), and keep it in the cache.
+
+    Returns (Times, Stats), for `choose`.
+    """
+    models, length = (target_model, draft_model), max(map(len, prompts))
+    new = min(TRIAL, min(model.config.max_context for model in models) - length)
+    times = measure(*models, sampling, len(prompts), length + new // 2)
+    stats = try_modes(times, *models, prompts, new, sampling, options, stop_ids)
+    save(cache_key(*models, len(prompts)), times, stats, choose(times, stats, draft_model))
+    return times, stats
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Choosing
 
@@ -252,10 +266,10 @@ def cache_path():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saguaro" / "tune.json"
 
 
-def load(key):
-    """(Times, Stats) that were stored under key, or None. A cache that can't be read is told of and ignored."""
+def load(target_model, draft_model, batch):
+    """What `find` has found for a pair, or None. A cache that can't be read is told of and ignored."""
     try:
-        entry = json.loads(cache_path().read_text(encoding="utf-8")).get(key)
+        entry = json.loads(cache_path().read_text(encoding="utf-8")).get(cache_key(target_model, draft_model, batch))
         if entry is None:
             return None
         times, stats = Times(**entry["times"]), Stats(choices=entry["choices"])

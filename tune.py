@@ -120,25 +120,24 @@ def measure(target_model, draft_model, sampling=Sampling(), batch=1, context=256
     if target_model.ops is TRITON:
         count = torch.cuda.get_device_properties(device).multi_processor_count
         budgets += [2 * (count - room) for room in ROOM if room < count // 2]
+    chains = {n: Tree.chain(n - 1, device) for n in TOKENS}
     for ctas in budgets:
         run_with(target_model, ctas)
         target = Target(target_model, prompts, sampler, context + 2 * max(TOKENS), Stats())
         start = target.prefix_len.clone()
 
-        def verify(n, tree):
+        def verify(n):
             target.prefix_len.copy_(start)
-            return target.verify(Speculation(tokens[:, :n]), tree)
-        for n in TOKENS:
-            tree = Tree.chain(n - 1, device)
-            times.verify.append([ctas, n, seconds(lambda: verify(n, tree), devices)])
-        with Beside(draft_model.device) as side:
-            tree = Tree.chain(K, device)
+            target.verify(Speculation(tokens[:, :n]), chains[n])
 
-            def both():
-                drafted = side.start(drafter.precompute, spec)
-                verify(K + 1, tree)
-                drafted()
-            alone = times.verify_seconds(K + 1, ctas)
+        def both():
+            drafted = side.start(drafter.precompute, spec)
+            verify(K + 1)
+            drafted()
+        for n in TOKENS:
+            times.verify.append([ctas, n, seconds(lambda: verify(n), devices)])
+        alone = times.verify_seconds(K + 1, ctas)
+        with Beside(draft_model.device) as side:
             times.overlap.append([ctas, min(1.0, (alone + beside - seconds(both, devices)) / min(alone, beside))])
     run_with(target_model, None)
     return times

@@ -11,7 +11,7 @@ import draft
 import graphs
 import sampling
 import saguaro
-from model import Llama, LlamaConfig
+from model import Llama, LlamaConfig, prefill
 from saguaro import Options, Stats, autoregressive, sd, ssd
 from sampling import Sampling
 
@@ -57,7 +57,7 @@ class OnTarget(Sided):
 
 
 class OnDraft(Sided):
-    pass
+    device = property(lambda self: torch.device("cpu", 0))                  # unequal to "cpu"
 
 
 def place(model, side):
@@ -78,10 +78,12 @@ def two_sides(monkeypatch):
     def cross(x, device):
         if x is None or not torch.is_tensor(x):
             return x if x is None else type(x)(*(cross(part, device) for part in x))
-        if type(x) is torch.Tensor:                                         # made before either side saw it
-            return x.clone()
-        crossed.append((type(x), x.dtype, x.numel()))
-        return x.as_subclass(torch.Tensor).clone().as_subclass(OnDraft if type(x) is OnTarget else OnTarget)
+        side = OnTarget if device.index is None else OnDraft
+        if isinstance(x, Sided) and type(x) is not side:                    # the others are there, or prompts and seeds
+            crossed.append((type(x), x.dtype, x.numel()))
+        return x if type(x) is side else x.as_subclass(torch.Tensor).clone().as_subclass(side)
+    for module in (draft, saguaro):                                         # what follows from prefix_len is on its side too
+        monkeypatch.setattr(module, "prefill", lambda model, *args: prefill(model, *args).as_subclass(type(model.embed)))
     for module in (batch, draft, graphs, saguaro, sampling):
         if hasattr(module, "cross"):
             monkeypatch.setattr(module, "cross", cross)

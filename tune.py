@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from batch import Options, Stats
-from draft import Drafter, Speculation
+from draft import Drafter
 from graphs import Beside
 from kernels import MAX_ROWS, TRITON, Int8Weight
 from saguaro import Target, autoregressive, make_plan, sd, ssd
@@ -105,11 +105,10 @@ def measure(target_model, draft_model, sampling=Sampling(), batch=1, context=256
     """Time the parts of a round behind a text of `context` tokens. Returns Times without `extra`."""
     device, devices, times = target_model.device, {target_model.device, draft_model.device}, Times(batch)
     prompts, sampler = [[1] * context] * batch, Sampler(sampling, [0] * batch, device)
-    tokens = torch.ones(batch, max(TOKENS), dtype=torch.int64, device=device)
     branches = BRANCHES if draft_model.device.type == "cuda" else (8, 32)
     drafter = Drafter(draft_model, prompts, Tree.chain(K, draft_model.device), None, sampler, Options(),
                       context + (K + 1) * (max(branches) + 2), Stats())
-    one = seconds(lambda: drafter.speculate(), devices) / K
+    one = seconds(drafter.speculate, devices) / K
     times.draft.append([1, one])
     for n in sorted({*branches, BUDGET}, key=lambda n: (n == BUDGET, n)):           # the budget last: it stays planned
         drafter.plan(drafter.tree, [n // (K + 1) + (i < n % (K + 1)) for i in range(K + 1)])
@@ -120,7 +119,7 @@ def measure(target_model, draft_model, sampling=Sampling(), batch=1, context=256
     if target_model.ops is TRITON:
         count = torch.cuda.get_device_properties(device).multi_processor_count
         budgets += [2 * (count - room) for room in ROOM if room < count // 2]
-    chains = {n: Tree.chain(n - 1, device) for n in TOKENS}
+    specs = {n: (torch.ones(batch, n, dtype=torch.int64, device=device), None, Tree.chain(n - 1, device)) for n in TOKENS}
     for ctas in budgets:
         run_with(target_model, ctas)
         target = Target(target_model, prompts, sampler, context + 2 * max(TOKENS), Stats())
@@ -128,12 +127,11 @@ def measure(target_model, draft_model, sampling=Sampling(), batch=1, context=256
 
         def verify(n):
             target.prefix_len.copy_(start)
-            target.verify(Speculation(tokens[:, :n]), chains[n])
+            target.verify(*specs[n])
 
         def both():
-            drafted = side.start(drafter.precompute, spec)
-            verify(K + 1)
-            drafted()
+            drafted, verified = side.draft(drafter.precompute), side.target(verify, K + 1)
+            verified(), drafted()
         for n in TOKENS:
             times.verify.append([ctas, n, seconds(lambda: verify(n), devices)])
         alone = times.verify_seconds(K + 1, ctas)

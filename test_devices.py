@@ -84,6 +84,12 @@ def two_sides(monkeypatch):
         return x if type(x) is side else x.as_subclass(torch.Tensor).clone().as_subclass(side)
     for module in (draft, saguaro):                                         # what follows from prefix_len is on its side too
         monkeypatch.setattr(module, "prefill", lambda model, *args: prefill(model, *args).as_subclass(type(model.embed)))
+    post = graphs.ReadBack.post
+
+    def post_from_target(self, *tensors):
+        assert {type(x) for x in tensors} == {OnTarget}, "one event can't tell when two devices are done"
+        return post(self, *tensors)
+    monkeypatch.setattr(graphs.ReadBack, "post", post_from_target)
     for module in (batch, draft, graphs, saguaro, sampling):
         if hasattr(module, "cross"):
             monkeypatch.setattr(module, "cross", cross)

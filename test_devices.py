@@ -131,13 +131,13 @@ def test_sides_refuse_to_mix():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("how", ["triton", "torch", "no graphs"])
+@pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_two_gpus(options, how):
+def test_two_gpus(options, graphs):
     here, there = pair("cuda:0", "cuda:0"), pair("cuda:0", "cuda:1")
     assert there[1].device == torch.device("cuda", 1)
     for model in (*here, *there):
-        model.run_with("torch" if how == "torch" else "triton", how == "triton")
+        model.run_with("triton", graphs)
     expected = texts(autoregressive, here[:1], temperature=0.8)
     for loop in sd, ssd:
         same, stats = Stats(), Stats()

@@ -181,7 +181,7 @@ class Engine:
         options = self.options
         if plan := self.plans.get(mode):
             options = replace(options, k=plan.k, tree=plan.tree, fanout_budget=plan.fanout_budget)
-            tune.run_with(self.models[0], plan.ctas)
+            self.models[0].run_with(ctas=plan.ctas)
         models, options = (self.models[:1], ()) if mode == "ar" else (self.models, (options,))
         decoders = [self.tokenizer.stream() for _ in replies]
         prompts, start = [reply.prompt_ids for reply in replies], time.perf_counter()

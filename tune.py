@@ -24,7 +24,7 @@ import torch
 from batch import Options, Stats
 from draft import Drafter
 from graphs import Beside
-from kernels import MAX_ROWS, TRITON, Int8Weight
+from kernels import MAX_ROWS, TORCH, Int8Weight
 from saguaro import Target, autoregressive, make_plan, sd, ssd
 from sampling import Sampler, Sampling
 from tree import Tree
@@ -116,12 +116,12 @@ def measure(target_model, draft_model, sampling=Sampling(), batch=1, context=256
         beside = seconds(drafter.precompute, devices)
         times.draft.append([n, max(one, (beside - one) / K)])
     budgets = [None]
-    if target_model.ops is TRITON:
+    if target_model.ops is not TORCH:
         count = torch.cuda.get_device_properties(device).multi_processor_count
         budgets += [2 * (count - room) for room in ROOM if room < count // 2]
     specs = {n: (torch.ones(batch, n, dtype=torch.int64, device=device), None, Tree.chain(n - 1, device)) for n in TOKENS}
     for ctas in budgets:
-        run_with(target_model, ctas)
+        target_model.run_with(ctas=ctas)
         target = Target(target_model, prompts, sampler, context + 2 * max(TOKENS), Stats())
         start = target.prefix_len.clone()
 
@@ -137,13 +137,8 @@ def measure(target_model, draft_model, sampling=Sampling(), batch=1, context=256
         alone = times.verify_seconds(K + 1, ctas)
         with Beside(draft_model.device) as side:
             times.overlap.append([ctas, min(1.0, (alone + beside - seconds(both, devices)) / min(alone, beside))])
-    run_with(target_model, None)
+    target_model.run_with()
     return times
-
-
-def run_with(model, ctas):
-    if model.ops is TRITON:
-        model.run_with(ctas=ctas)
 
 
 def try_modes(times, target_model, draft_model, prompts, new_tokens, sampling, options, stop_ids=()):
@@ -212,9 +207,8 @@ def choose(times, stats, draft_model, options=Options(), asked=()):
     depths = lambda size: (options.k,) if fixed or "," in (size or "") else DEPTHS if size else CHAINS
     for size, k in ((size, k) for size in sizes for k in depths(size)):
         shape = replace(options, k=k, tree=size)
-        tree = None
         for budget in (options.fanout_budget,) if "fanout_budget" in asked else BUDGETS:
-            tree, fan = make_plan(replace(shape, fanout_budget=budget), stats, draft_model, tree)
+            tree, fan = make_plan(replace(shape, fanout_budget=budget), stats, draft_model)
             yields, hit = expected(tree, fan, accept)
             backup = times.draft_seconds(tree)
             offer("sd", times.verify_seconds(tree.size) + backup + times.extra["sd"], k, size, budget, None)
@@ -252,7 +246,7 @@ def cache_key(target_model, draft_model, batch):
         c, device = model.config, model.device
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         weights = "int8" if isinstance(model.layers[0].wqkv, Int8Weight) else str(model.dtype).removeprefix("torch.")
-        how = ("triton" if model.ops is TRITON else "torch") + (", graphs" if model.graphs else "")
+        how = ("torch" if model.ops is TORCH else "triton") + (", graphs" if model.graphs else "")
         return (f"{gpu}, {weights}, {how}, {c.n_layers} layers x {c.dim}, {c.n_heads}/{c.n_kv_heads} heads x {c.head_dim}, "
                 f"ffn {c.ffn_dim}, vocabulary {c.vocab_size}")
     own_gpu = ", on its own device" if draft_model.device != target_model.device else ""

@@ -1,4 +1,5 @@
 """Options, measurements and the bookkeeping of a batch: what the loops of saguaro.py need and the algorithm doesn't."""
+import contextlib
 import itertools
 import operator
 import time
@@ -8,11 +9,13 @@ from typing import NamedTuple
 import torch
 
 from errors import UserError
-from graphs import ReadBack
+from graphs import ReadBack, cross
 from kernels import MAX_ROWS
 from sampling import Sampler
+from timeline import Timeline
 
 MAX_NODES = MAX_ROWS - 1        # drafted tokens in a tree: with its root they still ride for free in a verify
+NOTHING = contextlib.nullcontext()
 MAX_BUDGET = 1024               # outcomes guessed per sequence and round; each costs a row in every forward of the draft
 
 
@@ -85,12 +88,17 @@ class Stats:
     sources: dict = field(default_factory=dict)     # "hit" | "neural" | "fast" -> [speculations, tokens they yielded]
     waits: dict = field(default_factory=dict)       # "hit" | "neural" | "fast" -> [rounds, seconds], by what they waited for
     trace: list | None = None       # set to [] to get a dict per sequence-round
+    timeline: Timeline | None = None        # collects when the parts of each round ran
 
     tokens_per_round = property(lambda s: s.tokens / max(1, s.sequence_rounds))
     acceptance_rate = property(lambda s: s.accepted / max(1, s.tested))
     hit_rate = property(lambda s: s.hits / max(1, s.lookups))
     all_hit_rate = property(lambda s: s.batch_hits / max(1, s.batch_lookups))
     forwards_per_round = property(lambda s: s.draft_forwards / max(1, s.rounds))
+
+    def span(self, name, lane):
+        """A context that marks what runs in it on the timeline, if there is one."""
+        return NOTHING if self.timeline is None else self.timeline.span(name, lane, self.rounds)
 
     def summary(self):
         names = ("tokens", "rounds", "seconds", "prefill_seconds", "tokens_per_round", "acceptance_rate", "hit_rate",
@@ -180,7 +188,7 @@ class Batch:
 
     def post(self, *tensors):
         """Send a round's outcome on its way to the host: report [B, 2D+5] and, in SSD, found [B, 2]."""
-        self.posted.append(self.read_back.post(*tensors))
+        self.posted.append(self.read_back.post(*(cross(x, tensors[0].device) for x in tensors)))
 
     def outcomes(self, tree, ahead=None):
         """Yield the chunks of the rounds that are due: all but `ahead`, or all as soon as some sequence has ended."""
@@ -195,7 +203,8 @@ class Batch:
         Returns (chunks, whether each sequence hit). drafter: SSD's, whose guesses are counted.
         """
         stats, D = self.stats, tree.depth
-        report, found = (*self.posted.pop(0)(), None)[:2]
+        with stats.span("read-back", "host"):
+            report, found = (*self.posted.pop(0)(), None)[:2]
         chunks, hits, lookups = [], [], []
         for row, line in enumerate(report):
             hit, branch = found[row] if found else (0, 0)

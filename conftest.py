@@ -12,6 +12,12 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow (minutes)")
 
 
+@pytest.fixture(autouse=True)
+def no_tuning_of_yours(tmp_path_factory, monkeypatch):
+    """What --tune has found on this machine is no part of a test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; runs with --slow only")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from graphs import Graphs
+from graphs import Graphs, cross, on
 from kernels import Ancestors
 from kernels.noise import DRAFT
 from model import KVCache, prefill
@@ -96,9 +96,11 @@ class Drafter:
 
         room: cache slots for prompt, new tokens and speculation.
         """
-        self.model, self.sampler, self.options, self.stats = model, sampler, options, stats
+        self.model, self.device, self.options, self.stats = model, model.device, options, stats
+        self.sampler = sampler.on(model.device)
         self.residual = options.residual(sampler)
-        self.graphs = Graphs(getattr(model, "graphs", False))
+        with on(model.device):
+            self.graphs = Graphs(getattr(model, "graphs", False))
         history = torch.zeros(len(prompts), room, dtype=torch.int64)
         for row, prompt in zip(history, prompts):
             row[:len(prompt)] = torch.tensor(prompt)
@@ -108,7 +110,8 @@ class Drafter:
             self.draft_ids[model.d2t[1:]] = torch.arange(1, len(model.d2t), device=model.device)
             prompts = [self.draft_ids[prompt].tolist() for prompt in prompts]
         self.cache = KVCache(model.config, len(prompts), room, model.device, model.dtype)
-        self.prefix_len = prefill(model, self.cache, prompts)               # [B]
+        with on(model.device):
+            self.prefix_len = prefill(model, self.cache, prompts)           # [B]
         self.history = history.to(model.device)                             # [B, room] the text so far, target ids
         self.plan(tree, fan_out)
 
@@ -157,6 +160,11 @@ class Drafter:
                 tensor([tree.ranks[node] for node in below]), max(tree.n_children[node] for node in nodes),
                 self.fan_out[nodes].repeat(R)))
         return plan
+
+    def run(self, name, step, *args):
+        """Run a step on the draft's device, where its arguments are, as a span of that name."""
+        with self.stats.span(name, "draft"), on(self.device):
+            return self.graphs(step, *args)
 
     # -- one forward --------------------------------------------------------------------------------------------------
 
@@ -251,7 +259,7 @@ class Drafter:
     def speculate(self, refeed=False):
         """Draft a speculation just in time, into self.spec. refeed: see `draft`; True after a commit without a switch."""
         self.stats.draft_forwards += self.tree.depth
-        self.graphs(self._speculate, refeed, None)
+        self.run("draft", self._speculate, refeed, None)
 
     def _speculate(self, refeed, hit):
         known = None if hit is None else (hit, self.spec.tokens)
@@ -276,7 +284,7 @@ class Drafter:
         Returns a SpeculationCache.
         """
         self.stats.draft_forwards += self.tree.depth + 1
-        return self.graphs(self._precompute, glue)
+        return self.run("draft", self._precompute, glue)
 
     def _precompute(self, glue):
         spec, tree, nodes = self.spec, self.tree, self.all if glue else self.leaves
@@ -291,14 +299,14 @@ class Drafter:
 
     def commit(self, verdict):
         """Make the accepted path part of the prefix (SD)."""
-        self.graphs(self._commit, verdict, None)
+        self.run("commit", self._commit, cross(verdict, self.device), None)
 
     def switch(self, verdict, cache):
         """Look the outcome up; commit the accepted path and, on a hit, the branch as the new trunk: one move of KV rows.
 
         The branch becomes self.spec (anything for those that missed). Returns found [B, 2]: hit (0 or 1) and branch.
         """
-        return self.graphs(self._switch, verdict, cache)
+        return self.run("join", self._switch, cross(verdict, self.device), cache)
 
     def _switch(self, verdict, cache):
         hit, branch = cache.lookup(verdict)
@@ -326,7 +334,7 @@ class Drafter:
         in the text so far and proposes what followed there, or nothing.
         """
         self.stats.draft_forwards += self.tree.depth if backup == "neural" else 0
-        self.graphs(self._fall_back, backup, found)
+        self.run("miss", self._fall_back, backup, found)
 
     def _fall_back(self, backup, found):
         hit, spec = found[:, 0] > 0, self.spec
@@ -344,6 +352,7 @@ class Drafter:
 
     def keep(self, rows):
         self.graphs.clear()
+        self.sampler.keep(rows)
         self.cache.keep(rows)
         self.prefix_len, self.history = self.prefix_len[rows], self.history[rows]
         self.spec = self.spec.map(lambda x: x[rows])

@@ -4,131 +4,41 @@
     python generate.py --model DIR --draft DIR --chat               talk to a Llama checkpoint
     python generate.py --prompts questions.jsonl --batch 8 --json   a JSON line a prompt on stdout
     python generate.py --prompt "def fib(n):" --compare             the same prompt in ar, sd and ssd
+    python generate.py --prompt "def fib(n):" --tune                find the fastest way for this pair on this machine
 
 Text (or JSON) goes to stdout, all else to stderr. Exit code 0; 2 for a mistake in the request, which one line explains;
 130 after Ctrl-C, with the text so far; 141 if the reader of stdout went away.
 """
-import argparse
 import json
-import math
 import os
 import resource
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+import tune
 from batch import Options, Stats, check_vocabularies
 from errors import UserError, exit_on_user_error
 from model import DTYPES, Llama, LlamaConfig
+from request import FlagParser, parse_flags, read_rows  # noqa: F401 (FlagParser: bench.py's too)
 from saguaro import autoregressive, sd, ssd
 from sampling import Sampling
+from timeline import Timeline, report
 from tokenizer import Tokenizer
 
 WEIGHTS = Path(__file__).resolve().parent / "weights"               # the embedded pair: target/ and draft/
 MODES = {"ar": autoregressive, "sd": sd, "ssd": ssd}
 TINTS = {"accepted-hit": "\033[32m", "accepted-miss": "\033[33m", "bonus": "\033[36m"}     # green, yellow, cyan
 WARM_UP_TOKENS = 16             # --compare runs each mode this far beforehand, so that none is timed while it compiles
+TUNE_TEXT = "Tell me a long story about the sea."           # what --tune runs on where no prompt is given
+TUNED = "k", "tree", "fanout_budget"                        # what a plan sets unless the user does
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The request
-
-class FlagParser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)                        # one line, as for every other mistake, and no usage dump
-
-
-def parse_flags(argv):
-    parser = FlagParser("generate.py", description=__doc__, allow_abbrev=False,
-                        formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def add(flag, default=None, help="", **how):
-        how = {"type": type(default), "metavar": "N", **how} if isinstance(default, (int, float)) else how
-        help += "" if default is None else f" (default {default})"
-        parser.add_argument(flag, default=default, help=help, **how)
-
-    def switch(flag, help):
-        parser.add_argument(flag, action="store_true", help=help)
-
-    add("--prompt", help="the text to continue; - reads it from stdin", metavar="TEXT")
-    add("--prompts", help='a {"prompt": ...} a line; its other keys are carried into --json', metavar="FILE.jsonl")
-    add("--batch", 1, "how many of --prompts run together")
-    switch("--chat", "use the chat template; with no prompt: a conversation, a line a turn")
-    add("--model", help="checkpoint folder of the target (default: the embedded pair)", metavar="DIR")
-    add("--draft", help="checkpoint folder of the draft, which must share the target's vocabulary", metavar="DIR")
-    add("--mode", help="default: ssd, or ar if there is no draft", choices=MODES)
-    add("--max-new-tokens", 256)
-    add("--temperature", Sampling.temperature, "0 is greedy")
-    add("--top-k", Sampling.top_k, "0 is off")
-    add("--top-p", Sampling.top_p)
-    add("--seed", Sampling.seed)
-    add("--device", "auto", "auto, cpu, cuda or cuda:N")
-    add("--dtype", "auto", "auto is bfloat16 on a GPU and float32 on a CPU", choices=("auto", *DTYPES))
-    add("--draft-dtype", help="int8 halves the bytes of the draft's weights", choices=("int8",))
-    add("--kernels", help="default: triton on a GPU, torch on a CPU", choices=("torch", "triton"))
-    switch("--no-graph", "on a GPU: launch every kernel by itself instead of CUDA graphs")
-    add("--k", Options.k, "tokens to draft in a round")
-    add("--tree", Options.tree, "draft a tree: children per depth (4,2,1,1) or the best one of so many nodes (32)")
-    add("--fanout", Options.fanout, "how ssd spreads its guesses", choices=("uniform", "geometric", "auto"))
-    add("--fanout-budget", Options.fanout_budget, "outcomes that ssd guesses in a round")
-    add("--saguaro-c", Options.saguaro_c, "C of Saguaro sampling, for --accept residual")
-    add("--accept", Options.accept, "accept rule", choices=("coupled", "residual"))
-    add("--backup", Options.backup, "who drafts after a miss", choices=("neural", "fast", "auto"))
-    switch("--compare", "run ar, sd and ssd on the same prompts and print a table")
-    switch("--color", "tint each token by where it came from")
-    switch("--json", "print a JSON line a prompt instead of text")
-    args = parser.parse_args(argv)
-
-    no_prompt = args.prompt is None and args.prompts is None
-    for wrong, message in (
-        (no_prompt and not args.chat, "nothing to do: give --prompt, --prompts or --chat"),
-        (no_prompt and args.compare, "--compare needs --prompt or --prompts"),
-        (None not in (args.prompt, args.prompts), "give --prompt or --prompts, not both"),
-        (args.compare and (args.mode or args.json), "--compare is a table of all modes: leave out --mode and --json"),
-        (args.color and (args.compare or args.json), "--color tints text: leave out --compare and --json"),
-        (args.batch < 1, f"--batch must be at least 1, got {args.batch}"),
-        (args.max_new_tokens < 1, f"--max-new-tokens must be at least 1, got {args.max_new_tokens}"),
-        (not 0 <= args.temperature < math.inf, f"--temperature must be at least 0, got {args.temperature}"),
-        (args.top_k < 0, f"--top-k must be at least 0, got {args.top_k}"),
-        (not 0 < args.top_p <= 1, f"--top-p must lie in (0, 1], got {args.top_p}"),
-        (not 0 <= args.seed < 2**63, f"--seed must lie in [0, 2^63), got {args.seed}"),
-    ):
-        if wrong:
-            raise UserError(message)
-    return args
-
-
-def read_rows(args):
-    """{where it was read: {"prompt": text, whatever else is in its line}}; empty for a conversation.
-
-    Bytes that are not UTF-8 become lone surrogates, which Engine.encode refuses.
-    """
-    if args.prompt == "-":
-        text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
-        return {"--prompt -": {"prompt": text.removesuffix("\n")}}          # the newline is echo's
-    if args.prompts is None:
-        return {} if args.prompt is None else {"--prompt": {"prompt": args.prompt}}
-    try:
-        lines = Path(args.prompts).read_text("utf-8-sig", "surrogateescape").split("\n")
-    except OSError as error:
-        raise UserError(f"--prompts {args.prompts}: {error.strerror}") from None
-    rows = {}
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"{args.prompts} line {number}"
-            try:
-                row = rows[where] = json.loads(line)
-            except ValueError as error:
-                raise UserError(f'{where}: not JSON ({error}); expected {{"prompt": "..."}}') from None
-            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-                raise UserError(f'{where}: has no "prompt" text; expected {{"prompt": "..."}}')
-    if not rows:
-        raise UserError(f"--prompts {args.prompts}: there is no prompt in it")
-    return rows
-
 
 def find_folders(args):
     """(mode, {"target": folder, "draft": folder unless the mode is ar})."""
@@ -144,15 +54,15 @@ def find_folders(args):
     return mode, {"target": target} if mode == "ar" else {"target": target, "draft": draft}
 
 
-def find_device(name):
+def find_device(name, flag="--device"):
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError(f"{device.type} is not supported")
         torch.empty(1, device=device)                                       # is it really there?
     except (AssertionError, RuntimeError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; expected auto, cpu, cuda or cuda:N") from None
-    return device
+        raise UserError(f"{flag} {name}: {str(error).splitlines()[0]}; expected auto, cpu, cuda or cuda:N") from None
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,14 +94,22 @@ class Engine:
         self.device = find_device(args.device)
         if args.kernels == "triton" and self.device.type != "cuda":
             raise UserError(f"--kernels triton needs a CUDA GPU, the device is {self.device}; leave it out or choose torch")
-        if args.draft_dtype and "draft" not in self.folders:
-            raise UserError("--draft-dtype: there is no draft in mode ar")
+        for flag in "draft_dtype", "draft_device", "tune":
+            if getattr(args, flag) and "draft" not in self.folders:
+                raise UserError(f"--{flag.replace('_', '-')}: there is no draft in mode ar")
+        self.draft_device = find_device(args.draft_device, "--draft-device") if args.draft_device else self.device
+        if self.draft_device.type != self.device.type:
+            raise UserError(f"--draft-device {args.draft_device}: the target is on {self.device}; expected a device of the "
+                            f"same kind")
         auto = "bfloat16" if self.device.type == "cuda" else "float32"
         self.dtype = DTYPES[auto if args.dtype == "auto" else args.dtype]
         self.sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-        self.options = Options(args.k, args.tree, args.fanout, args.fanout_budget, args.saguaro_c, args.accept,
-                               args.backup)
+        self.asked = {name: getattr(args, name) for name in TUNED if getattr(args, name) is not None}
+        self.options = Options(fanout=args.fanout, saguaro_c=args.saguaro_c, accept=args.accept, backup=args.backup,
+                               **self.asked)
         self.options.check()
+        self.plans = {}                         # mode -> tune.Plan, once `plan` has found some
+        self.timeline = Timeline(target=self.device, draft=self.draft_device) if args.trace or args.timeline else None
         self.configs = {name: LlamaConfig.from_folder(folder) for name, folder in self.folders.items()}
         if self.mode != "ar":
             check_vocabularies(*self.configs.values())
@@ -223,14 +141,48 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         graphs = False if self.args.no_graph else None
-        self.models = [Llama.load(folder, self.device, self.dtype, loading(name)).run_with(self.args.kernels, graphs)
+        devices = {"target": self.device, "draft": self.draft_device}
+        self.models = [Llama.load(folder, devices[name], self.dtype, loading(name)).run_with(self.args.kernels, graphs)
                        for name, folder in self.folders.items()]
         if self.args.draft_dtype == "int8" and len(self.models) > 1:
             self.models[1].to_int8()
 
+    def plan(self, prompts):
+        """Choose how to run by what --tune measures now, on these prompts (lists of ids), or has measured before.
+
+        What the user has asked for stays, the mode included.
+        """
+        if len(self.models) == 1:
+            return
+        if self.args.tune:
+            print("tune: measuring", file=sys.stderr)
+            known = tune.find(*self.models, prompts, self.sampling, self.options, self.stop_ids)
+        else:
+            known = tune.load(*self.models, len(prompts))
+        if known is None:
+            return
+        self.plans = tune.choose(*known, self.models[1], self.options, self.asked)
+        if self.args.tune:
+            print(*tune.describe(known[0], self.plans), sep="\n", file=sys.stderr)
+        if self.args.mode is None and not self.args.compare and (best := tune.best_mode(self.plans)) != self.mode:
+            speed = {mode: f"{plan.tokens_per_second:.1f}" for mode, plan in self.plans.items()}
+            print(f"--mode {best}: --tune found it faster for this pair and machine than {self.mode} ({speed[best]} against "
+                  f"{speed[self.mode]} tok/s expected)", file=sys.stderr)
+            self.mode = best
+
+    def stats(self):
+        """A fresh Stats, for the next loop."""
+        if self.timeline is not None:
+            self.timeline.next_text()
+        return Stats(timeline=self.timeline)
+
     def stream(self, mode, replies, stats, max_new_tokens):
         """Answer a batch of replies; yields (reply, text, origin) token by token, the text in whole characters."""
-        models, options = (self.models[:1], ()) if mode == "ar" else (self.models, (self.options,))
+        options = self.options
+        if plan := self.plans.get(mode):
+            options = replace(options, k=plan.k, tree=plan.tree, fanout_budget=plan.fanout_budget)
+            self.models[0].run_with(ctas=plan.ctas)
+        models, options = (self.models[:1], ()) if mode == "ar" else (self.models, (options,))
         decoders = [self.tokenizer.stream() for _ in replies]
         prompts, start = [reply.prompt_ids for reply in replies], time.perf_counter()
         loop = MODES[mode](*models, prompts, max_new_tokens, self.sampling, *options, self.stop_ids, stats=stats)
@@ -283,7 +235,7 @@ def answer(engine, replies):
 
     Returns its Stats, and whether it was interrupted.
     """
-    args, stats, interrupted = engine.args, Stats(), False
+    args, stats, interrupted = engine.args, engine.stats(), False
     live = len(replies) == 1 and not args.json
     try:
         for reply, text, origin in engine.stream(engine.mode, replies, stats, args.max_new_tokens):
@@ -325,14 +277,14 @@ def record(engine, reply, stats):
     return {**row, "text": reply.text, "token_ids": reply.ids, "prompt_tokens": len(reply.prompt_ids),
             "mode": engine.mode, "finish_reason": reply.finish_reason, "seconds": reply.seconds,
             "tokens_per_second": len(reply.ids) / decoding if reply.ids else 0.0,
-            "time_to_first_token": reply.first_token, "peak_memory_bytes": peak_memory(engine.device),
+            "time_to_first_token": reply.first_token, "peak_memory_bytes": peak_memory(engine.device, engine.draft_device),
             **measures(stats)}
 
 
-def peak_memory(device):
-    """High-water mark in bytes: of PyTorch's allocations on a GPU, of this process' resident set on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def peak_memory(*devices):
+    """High-water mark in bytes: of PyTorch's allocations on the GPUs, or of this process' resident set."""
+    if devices[0].type == "cuda":
+        return sum(torch.cuda.max_memory_allocated(device) for device in {*devices})
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -342,7 +294,7 @@ def closing_line(engine, replies, stats):
     tokens = sum(len(reply.ids) for reply in replies)       # after Ctrl-C stats may know of some that never came out
     parts = [f"{tokens} tokens", f"{tokens / max(stats.seconds, 1e-9):.1f} tok/s",
              f"first token {1000 * sum(first) / max(1, len(first)):.0f} ms",
-             f"peak memory {peak_memory(engine.device) / 1e9:.2f} GB"]
+             f"peak memory {peak_memory(engine.device, engine.draft_device) / 1e9:.2f} GB"]
     if engine.mode != "ar":
         parts += [f"{stats.tokens_per_round:.2f} tokens/round", f"accepted {stats.acceptance_rate:.0%}"]
     if engine.mode == "ssd":
@@ -430,14 +382,18 @@ def run(args):
         if len(rows) > 1:
             replies[-1].title = f"=== {row.get('id', number)} ===\n"
     if not rows:
-        engine.encode([{"role": "user", "content": "?"}])              # a UserError if there is no template
+        tune_ids = engine.encode([{"role": "user", "content": TUNE_TEXT}])          # a UserError if there is no template
     engine.load()
     if args.mode is None and engine.mode == "ar":
         print("no --draft, so nothing can speculate: --mode ar", file=sys.stderr)
     if args.color:
         print("tokens are", *(f"{tint}{origin}\033[0m" for origin, tint in TINTS.items()), file=sys.stderr)
     batches = [replies[i:i + args.batch] for i in range(0, len(replies), args.batch)]
-    return compare(engine, batches) if args.compare else answer_all(engine, batches) if rows else chat(engine)
+    engine.plan([reply.prompt_ids for reply in batches[0]] if rows else [tune_ids])
+    code = compare(engine, batches) if args.compare else answer_all(engine, batches) if rows else chat(engine)
+    if engine.timeline is not None:
+        report(engine.timeline, args.trace, args.timeline)
+    return code
 
 
 def main(argv=None):
@@ -446,7 +402,7 @@ def main(argv=None):
     try:
         with exit_on_user_error():
             try:
-                return run(parse_flags(argv))
+                return run(parse_flags(argv, __doc__))
             except torch.OutOfMemoryError as error:
                 raise UserError(f"{str(error).splitlines()[0]} Lower --batch or --max-new-tokens.") from None
     except KeyboardInterrupt:                   # while it loads, compares or waits for a line; `answer` catches its own

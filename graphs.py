@@ -1,9 +1,25 @@
 """How steps run: as CUDA graphs, where a few hundred kernel launches become one; two of them side by side; and how their
 outcome gets to the host."""
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.utils import _pytree as pytree
+
+
+def on(device):
+    """A context in which kernels go to `device`."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def cross(x, device):
+    """x (a tensor, a NamedTuple of such, or None) on `device`: itself if it's there, else by a peer copy.
+
+    Nobody waits for the copy but the current streams of the two GPUs.
+    """
+    if x is None or torch.is_tensor(x):
+        return x if x is None else x.to(device, non_blocking=True)
+    return type(x)(*(cross(part, device) for part in x))
 
 
 class Graphs:

@@ -19,7 +19,7 @@ import kernels
 from batch import Batch, Chunk, Options, Stats  # noqa: F401 (Chunk, Options, Stats: what callers need)
 from draft import Drafter, Speculation, Verdict, path_slots
 from errors import UserError
-from graphs import Beside, Graphs
+from graphs import Beside, Graphs, cross
 from kernels.noise import ACCEPT, TARGET
 from model import KVCache, prefill
 from sampling import Sampling, saguaro_probs  # noqa: F401 (what callers need, and the rest of the maths)
@@ -188,8 +188,8 @@ def choose_backup(options, stats, batch_size):
 class Target:
     """The target model with its KV cache for B sequences: verifies a speculation in one forward."""
 
-    def __init__(self, model, prompts, sampler, room, residual=False):
-        self.model, self.sampler, self.residual = model, sampler, residual
+    def __init__(self, model, prompts, sampler, room, stats, residual=False):
+        self.model, self.sampler, self.stats, self.residual = model, sampler, stats, residual
         self.graphs = Graphs(getattr(model, "graphs", False))
         self.cache = KVCache(model.config, len(prompts), room, model.device, model.dtype)
         self.prefix_len = prefill(model, self.cache, prompts)               # [B]
@@ -197,10 +197,12 @@ class Target:
     def verify(self, tokens, q, tree):
         """One forward over the tree, the accept rule, and the commit of the accepted path.
 
-        tokens [B, M+1], q [B, M+1, V] or None. Returns the Verdict and `report` [B, 2D+5], what the host wants to know:
+        tokens [B, M+1], q [B, M+1, V] or None, here or on the draft's device. Returns the Verdict and `report` [B, 2D+5], what the host wants to know:
         the tokens of the path, its nodes, k, bonus, and 1 where a drafted token was there to be rejected.
         """
-        return self.graphs(self._verify, tokens, q, tree)
+        device = self.model.device
+        with self.stats.span("verify", "target"):
+            return self.graphs(self._verify, cross(tokens, device), cross(q, device), tree.on(device))
 
     def _verify(self, tokens, q, tree):
         start = self.prefix_len[:, None]
@@ -243,7 +245,7 @@ def autoregressive(target_model, prompts, max_new_tokens, sampling, stop_ids=(),
     """One token a round: verify a speculation that is nothing but its root."""
     batch = Batch(target_model, prompts, max_new_tokens, sampling, stop_ids, seeds, stats)
     tree = Tree.chain(0, target_model.device)
-    target = Target(target_model, prompts, batch.sampler, batch.length + 2)
+    target = Target(target_model, prompts, batch.sampler, batch.length + 2, batch.stats)
     root = batch.root
     batch.prefilled()
     while batch.live:
@@ -262,7 +264,7 @@ def sd(target_model, draft_model, prompts, max_new_tokens, sampling, options, st
     batch = Batch(target_model, prompts, max_new_tokens, sampling, stop_ids, seeds, stats, draft_model)
     tree, fan = make_plan(options, batch.stats, draft_model)             # fan is for SSD
     room = batch.length + 3 * options.most_nodes()                      # two rounds that overshoot, and the trunk
-    target = Target(target_model, prompts, batch.sampler, room, options.residual(batch.sampler))
+    target = Target(target_model, prompts, batch.sampler, room, batch.stats, options.residual(batch.sampler))
     drafter = Drafter(draft_model, prompts, tree, None, batch.sampler, options, room, batch.stats)
     batch.prefilled()
     refeed = False                  # a fully accepted speculation ends in a token that the draft has never seen
@@ -291,12 +293,13 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
     tree, fan = make_plan(options, batch.stats, draft_model)
     nodes = options.most_nodes()
     room = batch.length + nodes * (options.fanout_budget + 2)           # an overshoot, the trunk and the branches
-    target = Target(target_model, prompts, batch.sampler, batch.length + 2 * nodes, options.residual(batch.sampler))
+    target = Target(target_model, prompts, batch.sampler, batch.length + 2 * nodes, batch.stats,
+                    options.residual(batch.sampler))
     drafter = Drafter(draft_model, prompts, tree, fan, batch.sampler, options, room, batch.stats)
     batch.prefilled()
     drafter.speculate()                                                 # round 1: the speculation cache is empty
     glue, chunks = False, []
-    with Beside(target_model.device) as beside:
+    with Beside(draft_model.device) as beside:
         while True:
             drafted = beside.draft(drafter.precompute, glue)            # guess the outcomes, draft for each of them ...
             verified = beside.target(target.verify, drafter.spec.tokens, drafter.spec.q, tree)   # ... beside the verify

@@ -1,9 +1,11 @@
 """From logits to tokens: temperature, top-k, top-p and the shared noise that makes sampling look like greedy decoding."""
+import copy
 from dataclasses import dataclass
 
 import torch
 
 import kernels
+from graphs import cross
 from kernels.noise import TARGET
 from model import Llama
 
@@ -60,6 +62,12 @@ class Sampler:
     @property
     def greedy(self):
         return self.temperature == 0
+
+    def on(self, device):
+        """A sampler of its own on `device`, with the same seeds."""
+        other = copy.copy(self)
+        other.seeds = cross(self.seeds, device)
+        return other
 
     def keep(self, rows):
         self.seeds = self.seeds[rows]

@@ -2,6 +2,7 @@
 
 Most tests call main(argv) in this process; the few about signals, pipes and exit codes start the real program.
 """
+import dataclasses
 import io
 import json
 import os
@@ -11,11 +12,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import generate
+import tune
 from model import Llama, LlamaConfig
 from tokenizer import Tokenizer
 
@@ -287,6 +290,113 @@ def test_color(run, target, draft, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Tuning, timelines, two devices
+
+FIXED = tune.Times(1, [[None, n, 5e-3] for n in tune.TOKENS], [[1, 1e-3], [32, 1e-3]], [[None, 1.0]])     # any machine
+
+
+@pytest.fixture
+def tuned(run, target, draft, tmp_path, monkeypatch):
+    """tuned(*flags, times=...) -> (answer, stderr) of a run after --tune found `times`, in a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    ask = "--model", target, "--draft", draft, "--prompt", "Once", "--max-new-tokens", 24, "--json"
+
+    def tuned(*flags, times=FIXED):
+        with monkeypatch.context() as patch:
+            patch.setattr(tune, "measure", lambda *_: dataclasses.replace(times, extra=dict(times.extra)))
+            patch.setattr(tune, "try_modes", lambda times, *_: tune.Stats())
+            code, _, err = run(*ask, "--tune")
+            assert code == 0 and "tune: fastest: " in err
+        monkeypatch.setattr(tune, "measure", lambda *_: pytest.fail("measured without --tune"))
+        code, out, err = run(*ask, *flags)
+        assert code == 0
+        return lines(out)[0], err
+    return tuned
+
+
+def used(monkeypatch):
+    """The Options that each loop is started with, by mode."""
+    seen = {}
+    for mode in ("sd", "ssd"):
+        loop = generate.MODES[mode]
+        monkeypatch.setitem(generate.MODES, mode, lambda *args, _loop=loop, _mode=mode, **more: (
+            seen.update({_mode: args[5]}), _loop(*args, **more))[1])
+    return seen
+
+
+def test_tune(run, target, draft, tmp_path, monkeypatch):
+    """The real thing: it measures, says what it found, answers, and keeps it for the next run."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ask = "--model", target, "--draft", draft, "--prompt", "Once", "--max-new-tokens", 24, "--json"
+    plain = lines(run(*ask, "--mode", "ssd")[1])[0]
+    code, out, err = run(*ask, "--tune")
+    assert code == 0 and lines(out)[0]["token_ids"] == plain["token_ids"]
+    fastest = re.search(r"tune: fastest: (ar|sd|ssd)\n", err)[1]
+    assert lines(out)[0]["mode"] == fastest and all(f"tune: {mode}: " in err for mode in generate.MODES)
+    (entry,) = json.loads((tmp_path / "saguaro" / "tune.json").read_text()).values()
+    assert entry["fastest"] == fastest and set(entry["plans"]) == set(generate.MODES)
+    code, out, err = run(*ask)
+    assert lines(out)[0]["mode"] == fastest and "tune:" not in err
+
+
+def test_tuned_choice_is_used(tuned, monkeypatch):
+    seen = used(monkeypatch)
+    answer, err = tuned()
+    assert answer["mode"] == "ssd" and err.count("\n") == 1
+    expected = tune.choose(FIXED, tune.Stats(), SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(vocab_size=VOCAB)))
+    assert (seen["ssd"].k, seen["ssd"].tree, seen["ssd"].fanout_budget) == expected["ssd"][:3] != (6, None, 16)
+
+
+@pytest.mark.parametrize("flags", [("--k", 3), ("--tree", "3,1"), ("--fanout-budget", 5), ("--mode", "sd", "--k", 2)])
+def test_flags_win_over_the_choice(tuned, monkeypatch, flags):
+    seen = used(monkeypatch)
+    answer, _ = tuned(*flags)
+    given = {flag.strip("-").replace("-", "_"): value for flag, value in zip(flags[::2], flags[1::2])}
+    assert answer["mode"] == given.pop("mode", "ssd")
+    assert all(getattr(seen[answer["mode"]], name) == value for name, value in given.items())
+
+
+@pytest.mark.parametrize("mode, times", [("ar", dataclasses.replace(FIXED, draft=[[1, 9e-2]])),
+                                         ("sd", dataclasses.replace(FIXED, overlap=[[None, 0.0]]))])
+def test_slower_speculation_is_not_used(tuned, mode, times):
+    answer, err = tuned(times=times)
+    assert answer["mode"] == mode and err.startswith(f"--mode {mode}: --tune found it faster") and err.count("\n") == 2
+    answer, err = tuned("--mode", "ssd", times=times)
+    assert answer["mode"] == "ssd" and err.count("\n") == 1
+
+
+def test_without_a_choice_the_defaults(run, target, draft, monkeypatch):
+    seen = used(monkeypatch)
+    run("--model", target, "--draft", draft, "--prompt", "Once", "--max-new-tokens", 4, "--k", "auto")
+    assert (seen["ssd"].k, seen["ssd"].tree, seen["ssd"].fanout_budget) == (6, None, 16)
+
+
+def test_tune_in_a_conversation(run, target, draft):
+    code, out, err = run("--model", target, "--draft", draft, "--chat", "--max-new-tokens", 8, "--tune", stdin=b"hi\n")
+    assert code == 0 and out.count("\n") == 1 and "tune: fastest" in err
+
+
+@pytest.mark.parametrize("mode", ["ar", "sd", "ssd"])
+def test_trace_and_timeline(run, target, draft, tmp_path, mode):
+    path = write_rows(tmp_path / "rows.jsonl", {"prompt": "Once"}, {"prompt": "a"})
+    ask = "--model", target, "--draft", draft, "--prompts", path, "--max-new-tokens", 24, "--mode", mode
+    code, out, err = run(*ask, "--trace", tmp_path / "t.json", "--timeline")
+    assert code == 0 and out == run(*ask)[1]
+    lane = {line.split()[0]: line for line in err.splitlines() if line.strip()}
+    assert "█" in lane["target"] and ("▒" in lane["draft"]) == (mode != "ar") and "mean: " in err
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    names = {"ar": {"verify", "read-back"}, "sd": {"verify", "read-back", "draft", "commit"},
+             "ssd": {"verify", "read-back", "draft", "join", "miss"}}[mode]
+    assert {event["name"] for event in events if event["ph"] == "X"} == names
+    assert ("✗" in err) == (mode == "ssd") and "\033" not in err
+
+
+def test_draft_device(run, target, draft):
+    ask = "--model", target, "--draft", draft, "--prompt", "Once", "--max-new-tokens", 24
+    assert run(*ask, "--draft-device", "cpu")[:2] == run(*ask)[:2]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Several prompts
 
 ROWS = [{"prompt": "Once upon a time", "id": "a", "level": [1, 2]}, {"prompt": "x", "id": "b"},
@@ -375,7 +485,8 @@ def test_conversation_forgets_when_the_context_is_full(run, tmp_path):
     (["--temperature", "inf"], "--temperature"), (["--top-p", "0"], "--top-p"), (["--top-p", "1.01"], "--top-p"),
     (["--top-p", "nan"], "--top-p"), (["--top-k", "-1"], "--top-k"), (["--max-new-tokens", "0"], "--max-new-tokens"),
     (["--seed", "-1"], "--seed"), (["--seed", str(2**63)], "--seed"), (["--batch", "0"], "--batch"),
-    (["--k", "0"], "--k"), (["--fanout-budget", "0"], "budget"), (["--saguaro-c", "-0.1"], "--saguaro-c"),
+    (["--k", "0"], "--k"), (["--k", "six"], ["--k", "auto", "six"]), (["--k", "1.5"], ["--k", "auto", "1.5"]),
+    (["--fanout-budget", "0"], "budget"), (["--fanout-budget", "wide"], ["--fanout-budget", "auto", "wide"]), (["--saguaro-c", "-0.1"], "--saguaro-c"),
     (["--saguaro-c", "1.1"], "--saguaro-c"), (["--saguaro-c", "nan"], "--saguaro-c"), (["--tree", "4,x"], "4,x"),
     (["--fanout-budget", "5000"], "1024"), (["--kernels", "triton"], "CUDA"),
     (["--tree", "0"], "--tree"), (["--tree", "128"], ["128", "127"]), (["--tree", "8,8,8"], ["584", "127"]),
@@ -385,7 +496,12 @@ def test_conversation_forgets_when_the_context_is_full(run, tmp_path):
     (["--dtype", "int8"], "--dtype"), (["--device", "bogus"], "--device bogus"), (["--device", "meta"], "--device meta"),
     (["--device", "cuda:99"], "--device cuda:99"), (["--prompts", "x.jsonl"], "not both"),
     (["--json", "--color"], "--color"), (["--compare", "--json"], "--compare"),
-    (["--compare", "--mode", "sd"], "--compare"),
+    (["--compare", "--mode", "sd"], "--compare"), (["--compare", "--timeline"], ["--timeline", "--compare"]),
+    (["--compare", "--trace", "t.json"], ["--trace", "--compare"]), (["--trace", "/no/such/t.json"], "/no/such/t.json"),
+    (["--trace", "."], "--trace ."), (["--draft-device", "bogus"], "--draft-device bogus"),
+    (["--draft-device", "cuda:99"], "--draft-device cuda:99"), (["--mode", "ar", "--tune"], ["--tune", "draft"]),
+    (["--mode", "ar", "--draft-device", "cpu"], ["--draft-device", "draft"]),
+    (["--mode", "ar", "--draft-dtype", "int8"], ["--draft-dtype", "draft"]),
 ])
 def test_bad_flag(refused, target, draft, flags, says):
     refused("--model", target, "--draft", draft, "--prompt", "Once", *flags, says=says)

@@ -34,6 +34,13 @@ class Tree:
             children[self.parents[node], self.ranks[node]] = node
         self.children = children.to(device)
         self.first_child = children[:, 0].tolist()                          # host copy, -1 for a leaf
+        self.copies = {self.mask.device: self}                              # this tree, device by device
+
+    def on(self, device):
+        """This tree with its constants on `device`: the same object each time."""
+        if device not in self.copies:
+            self.copies[device] = Tree(self.parents, device)
+        return self.copies[device]
 
     @classmethod
     def chain(cls, k, device="cpu"):

@@ -16,6 +16,8 @@ from timeline import Timeline
 
 MAX_NODES = MAX_ROWS - 1        # drafted tokens in a tree: with its root they still ride for free in a verify
 NOTHING = contextlib.nullcontext()
+ROOM = 512                      # cache slots come in multiples of it, so that requests of like length can share a side
+IDLE = 4                        # sides that a model keeps for later requests
 MAX_BUDGET = 1024               # outcomes guessed per sequence and round; each costs a row in every forward of the draft
 
 
@@ -173,6 +175,7 @@ class Batch:
         if draft is not None:
             check_vocabularies(target.config, draft.config)
         self.stats = Stats() if stats is None else stats
+        self.prompts, self.sides = prompts, []
         self.live, self.stop_ids, self.started = list(range(len(prompts))), set(stop_ids), time.perf_counter()
         self.length = max(len(prompt) + new for prompt, new in zip(prompts, self.left))
         self.sampler = Sampler(sampling, [sampling.seed] * len(prompts) if seeds is None else seeds, target.device)
@@ -182,9 +185,30 @@ class Batch:
         self.read_back, self.posted = ReadBack(depth=2), []
         self.ahead = 1 if target.device.type == "cuda" else 0       # rounds that may run before their predecessor is read
 
+    def side(self, make, model, room, *more):
+        """A Target or a Drafter, started on this batch: the one that an earlier request of the same kind has left, since
+        that has its CUDA graphs, or make(model, batch size, sampler, room, *more)."""
+        room, s = -(-room // ROOM) * ROOM, self.sampler
+        key = make, len(self.live), room, type(s), s.temperature, s.top_k, s.top_p, *more
+        idle = model.__dict__.setdefault("idle", {})
+        side = idle.pop(key, None) or make(model, len(self.live), s, room, *more)
+        self.sides.append((idle, key, side))
+        side.start(self.prompts, s, self.stats)
+        return side
+
+    def close(self):
+        """Leave the sides to the next request, unless sequences have been dropped from them."""
+        for idle, key, side in self.sides:
+            if len(side.prefix_len) == len(self.prompts):
+                idle[key] = side
+            while len(idle) > IDLE:
+                idle.pop(next(iter(idle)))
+
     def prefilled(self):
-        self.began = self.last = time.perf_counter()
-        self.stats.prefill_seconds += self.began - self.started
+        if self.root.is_cuda:
+            torch.cuda.synchronize(self.root.device)                # what follows is decoding time
+        self.last = time.perf_counter()
+        self.stats.prefill_seconds += self.last - self.started
 
     def post(self, *tensors):
         """Send a round's outcome on its way to the host: report [B, 2D+5] and, in SSD, found [B, 2]."""
@@ -223,10 +247,10 @@ class Batch:
             stats.accepted += k
             stats.tested += k + rejected_one
             stats.add(stats.sources, source, k + 1)
-            guesses = [0] * tree.size if drafter is None else drafter.counts
+            guesses = [0] * tree.size if drafter is None else drafter.layout.counts
             if source != "fast":                    # only then are the tree's tokens the draft's choices
                 stats.stops[node] = stats.stops.get(node, 0) + 1
-                stats.count_choices(tree, path[:k + 1], guesses, drafter.branch_choice[branch] if hit else None)
+                stats.count_choices(tree, path[:k + 1], guesses, drafter.layout.branch_choice[branch] if hit else None)
             if drafter is not None and goes_on:
                 stats.add(stats.misses, guesses[node], not hit)
                 lookups.append(bool(hit))

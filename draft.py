@@ -12,14 +12,13 @@ on that, the draft guesses N outcomes and drafts a whole new speculation for eac
 
 Shapes: B sequences, M+1 tree nodes, D tree depth, N branches, F guesses per node, V vocabulary.
 """
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from graphs import Graphs, cross, on
-from kernels import Ancestors
 from kernels.noise import DRAFT
+from layout import Layout
 from model import KVCache, prefill
 from sampling import saguaro_probs
 
@@ -75,45 +74,34 @@ def prompt_lookup(history, length, depth, n=2):
     return torch.where(known, history.gather(1, index.clamp(0, history.shape[1] - 1)), -1)
 
 
-@dataclass
-class Level:
-    """One forward of drafting R trees side by side: the constants that say what goes where."""
-    nodes: torch.Tensor                     # [w] the nodes of this depth
-    offsets: torch.Tensor                   # [R*w] slot of each row, from prefix_len
-    ancestors: Ancestors                    # of the R*w rows
-    children: torch.Tensor                  # nodes of the next depth ...
-    parents: torch.Tensor                   # ... the index of their parent in `nodes` ...
-    ranks: torch.Tensor                     # ... and which choice of it they are
-    n_choices: int                          # most children of a node
-    fan_out: torch.Tensor                   # [R*w] F of each row's node
-
-
 class Drafter:
     """The draft model with its KV cache for B sequences, drafting speculations over a fixed tree."""
 
-    def __init__(self, model, prompts, tree, fan_out, sampler, options, room, stats):
-        """fan_out: F_node for each node of the tree, or None where only speculations are wanted (SD).
-
-        room: cache slots for prompt, new tokens and speculation.
-        """
-        self.model, self.device, self.options, self.stats = model, model.device, options, stats
-        self.sampler = sampler.on(model.device)
-        self.residual = options.residual(sampler)
-        with on(model.device):
-            self.graphs = Graphs(getattr(model, "graphs", False))
-        history = torch.zeros(len(prompts), room, dtype=torch.int64)
-        for row, prompt in zip(history, prompts):
-            row[:len(prompt)] = torch.tensor(prompt)
+    def __init__(self, model, batch_size, sampler, room, options):
+        """room: cache slots for prompt, new tokens and speculation. Not ready before `start` and `plan`."""
+        self.model, self.device, self.options = model, model.device, options
+        self.sampler, self.residual = sampler.on(model.device), options.residual(sampler)
+        self.cache = KVCache(model.config, batch_size, room, model.device, model.dtype)
+        new = lambda *shape: torch.zeros(shape, dtype=torch.int64, device=model.device)
+        self.prefix_len, self.history = new(batch_size), new(batch_size, room)      # history: the text so far, target ids
+        self.layouts = {}                                                   # (tree, fan-out) -> Layout, graphs, speculation
         self.target_ids = model.d2t                                         # [V_draft] or None: ids are the target's
         if model.d2t is not None:
-            self.draft_ids = torch.zeros(model.config.target_vocab_size, dtype=torch.int64, device=model.device)
+            self.draft_ids = new(model.config.target_vocab_size)
             self.draft_ids[model.d2t[1:]] = torch.arange(1, len(model.d2t), device=model.device)
+
+    def start(self, prompts, sampler, stats):
+        """Begin a request: prompts (lists of the target's token ids), a sampler with its seeds, the stats to count in."""
+        self.stats = stats
+        self.sampler.seeds.copy_(sampler.seeds)
+        history = torch.zeros(self.history.shape, dtype=torch.int64)
+        for row, prompt in zip(history, prompts):
+            row[:len(prompt)] = torch.tensor(prompt)
+        self.history.copy_(history)
+        if self.target_ids is not None:
             prompts = [self.draft_ids[prompt].tolist() for prompt in prompts]
-        self.cache = KVCache(model.config, len(prompts), room, model.device, model.dtype)
-        with on(model.device):
-            self.prefix_len = prefill(model, self.cache, prompts)           # [B]
-        self.history = history.to(model.device)                             # [B, room] the text so far, target ids
-        self.plan(tree, fan_out)
+        with on(self.device):
+            self.prefix_len.copy_(prefill(self.model, self.cache, prompts))
 
     @property
     def root(self):
@@ -121,50 +109,24 @@ class Drafter:
         return self.history.gather(1, self.prefix_len[:, None])
 
     def plan(self, tree, fan_out):
-        """Lay out the drafting of `tree`, alone at the trunk and for every outcome (node, f < fan_out[node])."""
-        device, self.tree = self.model.device, tree
-        tensor = lambda x: torch.tensor(x, device=device)
-        self.counts = fan_out or [0] * tree.size                            # F_node
-        self.width = max(self.counts)                                       # F: guesses kept per node
-        self.spec = None                                                    # the Speculation of this round
-        self.fan_out = tensor(self.counts)
-        self.graphs.clear()
-        self.trunk = self.levels(0, torch.zeros(1, 0, dtype=torch.bool, device=device))
-        # [previous token, root]: the first sees the prefix, which ends in itself; the second also its own slot.
-        self.refeed = tensor([-1, 0]), tensor([-1, 0]), Ancestors.of(tensor([[False], [True]]))
-        self.leaves, self.all = tensor(tree.levels[-1]), tensor(range(tree.size))
-        self.leaf_ancestors = Ancestors.of(tree.mask[tree.levels[-1]])
-        spine = [0]                                                         # the path of first choices
-        while tree.first_child[spine[-1]] > 0:
-            spine.append(tree.first_child[spine[-1]])
-        self.spine = tensor(spine)
-        if fan_out:
-            outcomes = [(node, f) for node in range(tree.size) for f in range(fan_out[node])]
-            self.nodes, self.guess_ranks = map(tensor, zip(*outcomes))      # [N] each
-            self.branch_choice = [f for _, f in outcomes]
-            self.branches = self.levels(tree.size, tree.mask[self.nodes])
+        """Draft `tree` from now on. fan_out: F_node for each of its nodes, None where only speculations are wanted (SD)."""
+        key = tree, tuple(fan_out or ())
+        if key not in self.layouts:
+            with on(self.device):
+                layout = self.layouts[key] = Layout(tree, fan_out, self.device)
+                layout.graphs, layout.spec = Graphs(getattr(self.model, "graphs", False)), None
+        self.layout = self.layouts[key]
+        self.tree, self.width = tree, self.layout.width
 
-    def levels(self, base, sees):
-        """Plan the D forwards that draft R trees into slots base.. ; sees [R, base]: the trunk slots above each root."""
-        tree, R, device = self.tree, len(sees), sees.device
-        own = torch.eye(R, dtype=torch.bool, device=device)[:, None, :, None]                   # [R, 1, R, 1]
-        tensor = lambda x: torch.tensor(x, device=device)
-        plan = []
-        for nodes, below in zip(tree.levels, tree.levels[1:]):
-            w = len(nodes)
-            slots = base + torch.arange(R, device=device)[:, None] * tree.size + tensor(nodes)
-            inside = (own & tree.mask[nodes][:, None]).reshape(R * w, R * tree.size)
-            plan.append(Level(
-                tensor(nodes), slots.flatten(), Ancestors.of(torch.cat([sees.repeat_interleave(w, 0), inside], 1)),
-                tensor(below), tensor([nodes.index(tree.parents[node]) for node in below]),
-                tensor([tree.ranks[node] for node in below]), max(tree.n_children[node] for node in nodes),
-                self.fan_out[nodes].repeat(R)))
-        return plan
+    @property
+    def spec(self):
+        """The Speculation of this round."""
+        return self.layout.spec
 
     def run(self, name, step, *args):
         """Run a step on the draft's device, where its arguments are, as a span of that name."""
         with self.stats.span(name, "draft"), on(self.device):
-            return self.graphs(step, *args)
+            return self.layout.graphs(step, *args)
 
     # -- one forward --------------------------------------------------------------------------------------------------
 
@@ -235,7 +197,7 @@ class Drafter:
             fed = tokens[:, :, level.nodes].flatten(1)                      # [B, R*w]
             at = (depth + d).repeat_interleave(w)                           # [R*w]
             if d == 0 and previous is not None:
-                hidden, positions = self.forward(torch.stack([previous, fed[:, 0]], 1), *self.refeed)
+                hidden, positions = self.forward(torch.stack([previous, fed[:, 0]], 1), *self.layout.refeed)
                 hidden, positions = hidden[:, 1:].contiguous(), positions[:, 1:]
             else:
                 hidden, positions = self.forward(fed, at, level.offsets, level.ancestors)       # [B, R*w, dim]
@@ -264,13 +226,13 @@ class Drafter:
     def _speculate(self, refeed, hit):
         known = None if hit is None else (hit, self.spec.tokens)
         previous = self.history.gather(1, self.prefix_len[:, None] - 1)[:, 0] if refeed else None
-        new = self.draft(self.root, self.tree.node_depth[:1], self.trunk, previous, known)
+        new = self.draft(self.root, self.tree.node_depth[:1], self.layout.trunk, previous, known)
         self.store(new.map(lambda x: x[:, 0]), hit)
 
     def store(self, new, keep=None):
         """Make `new` the speculation of this round, except for the sequences `keep` [B] bool; its place never moves."""
         if self.spec is None:
-            self.spec = new.map(torch.clone)
+            self.layout.spec = new.map(torch.clone)
         elif keep is None:
             self.spec.map(lambda old, x: old.copy_(x), new)
         else:
@@ -287,15 +249,16 @@ class Drafter:
         return self.run("draft", self._precompute, glue)
 
     def _precompute(self, glue):
-        spec, tree, nodes = self.spec, self.tree, self.all if glue else self.leaves
+        spec, tree, layout = self.spec, self.tree, self.layout
+        nodes, ancestors = (layout.all, tree.ancestors) if glue else (layout.leaves, layout.leaf_ancestors)
         at = tree.node_depth[nodes]
-        ancestors = tree.ancestors if glue else self.leaf_ancestors
         hidden, positions = self.forward(spec.tokens[:, nodes], at, nodes, ancestors)
-        _, ranked, _ = self.choices(hidden, positions, 1, self.fan_out[nodes])
+        _, ranked, _ = self.choices(hidden, positions, 1, layout.fan_out[nodes])
         guesses = spec.guesses.clone()
         guesses[:, nodes] = self.guess(ranked, self.children_of(spec.tokens, nodes))
-        roots = guesses[:, self.nodes, self.guess_ranks]                    # [B, N]
-        return SpeculationCache(self.nodes, roots, self.draft(roots, tree.node_depth[self.nodes] + 1, self.branches))
+        roots = guesses[:, layout.nodes, layout.guess_ranks]                # [B, N]
+        branches = self.draft(roots, tree.node_depth[layout.nodes] + 1, layout.branches)
+        return SpeculationCache(layout.nodes, roots, branches)
 
     def commit(self, verdict):
         """Make the accepted path part of the prefix (SD)."""
@@ -315,15 +278,15 @@ class Drafter:
         return torch.stack([hit, branch], 1)
 
     def _commit(self, verdict, found):
-        size, start = self.tree.size, self.prefix_len[:, None]
+        size, all_nodes, start = self.tree.size, self.layout.all, self.prefix_len[:, None]
         src, dst = path_slots(self.prefix_len, verdict)
         after = start + verdict.length[:, None] + 1
         self.history.scatter_(1, dst, self.spec.tokens.gather(1, src - start))
         self.history.scatter_(1, after, verdict.bonus[:, None])
         if found is not None:
             hit, branch = (x[:, None] for x in found)
-            src = torch.cat([src, torch.where(hit, start + (branch + 1) * size + self.all, start)], 1)
-            dst = torch.cat([dst, torch.where(hit, after + self.all, start)], 1)
+            src = torch.cat([src, torch.where(hit, start + (branch + 1) * size + all_nodes, start)], 1)
+            dst = torch.cat([dst, torch.where(hit, after + all_nodes, start)], 1)
         self.cache.commit(src, dst)
         self.prefix_len += verdict.length + 1
 
@@ -337,25 +300,27 @@ class Drafter:
         self.run("miss", self._fall_back, backup, found)
 
     def _fall_back(self, backup, found):
-        hit, spec = found[:, 0] > 0, self.spec
+        hit, spec, spine = found[:, 0] > 0, self.spec, self.layout.spine
         if backup == "neural":
             return self._speculate(False, hit)
-        proposal = prompt_lookup(self.history, self.prefix_len + 1, len(self.spine) - 1)
+        proposal = prompt_lookup(self.history, self.prefix_len + 1, len(spine) - 1)
         tokens, q = torch.full_like(spec.tokens, -1), None
-        tokens[:, self.spine] = torch.cat([self.root, proposal], 1)
+        tokens[:, spine] = torch.cat([self.root, proposal], 1)
         if spec.q is not None:                                              # a proposal is drawn from a point mass
-            point = torch.zeros_like(spec.q[:, self.spine[:-1]])
+            point = torch.zeros_like(spec.q[:, spine[:-1]])
             point = point.scatter(-1, proposal.clamp(min=0)[..., None], (proposal >= 0)[..., None].to(point.dtype))
             q = torch.zeros_like(spec.q)
-            q[:, self.spine[:-1]] = point
+            q[:, spine[:-1]] = point
         self.store(Speculation(tokens, spec.guesses, q), hit)
 
     def keep(self, rows):
-        self.graphs.clear()
+        """Go on with the sequences `rows` alone."""
         self.sampler.keep(rows)
         self.cache.keep(rows)
         self.prefix_len, self.history = self.prefix_len[rows], self.history[rows]
-        self.spec = self.spec.map(lambda x: x[rows])
+        self.layouts = {key: layout for key, layout in self.layouts.items() if layout is self.layout}
+        self.layout.graphs.clear()
+        self.layout.spec = self.spec.map(lambda x: x[rows])
 
 
 def path_slots(prefix_len, verdict):

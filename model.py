@@ -267,6 +267,7 @@ class Llama(nn.Module):
         plain = ops == "torch" or ops is None and self.ops is kernels.TORCH
         self.ops = kernels.TORCH if plain else kernels.triton_ops(ctas)
         self.graphs = self.graphs if graphs is None else graphs
+        self.idle = {}              # see Batch.side: recorded graphs run as the model did
         return self
 
     def to_int8(self):
@@ -280,6 +281,7 @@ class Llama(nn.Module):
                 weight = getattr(module, name)
                 delattr(module, name)                   # a parameter's place only takes parameters
                 setattr(module, name, kernels.Int8Weight.of(weight))
+        self.idle = {}
         return self
 
     # -- checkpoints --------------------------------------------------------------------------------------------------

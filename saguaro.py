@@ -188,17 +188,25 @@ def choose_backup(options, stats, batch_size):
 class Target:
     """The target model with its KV cache for B sequences: verifies a speculation in one forward."""
 
-    def __init__(self, model, prompts, sampler, room, stats, residual=False):
-        self.model, self.sampler, self.stats, self.residual = model, sampler, stats, residual
+    def __init__(self, model, batch_size, sampler, room, residual=False):
+        """room: cache slots for prompt, new tokens and speculation. Not ready before `start`."""
+        self.model, self.sampler, self.residual = model, sampler.on(model.device), residual
         self.graphs = Graphs(getattr(model, "graphs", False))
-        self.cache = KVCache(model.config, len(prompts), room, model.device, model.dtype)
-        self.prefix_len = prefill(model, self.cache, prompts)               # [B]
+        self.cache = KVCache(model.config, batch_size, room, model.device, model.dtype)
+        self.prefix_len = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
+
+    def start(self, prompts, sampler, stats):
+        """Begin a request: prompts (lists of token ids), a sampler with its seeds, the stats to count in."""
+        self.stats = stats
+        self.sampler.seeds.copy_(sampler.seeds)
+        self.prefix_len.copy_(prefill(self.model, self.cache, prompts))
 
     def verify(self, tokens, q, tree):
         """One forward over the tree, the accept rule, and the commit of the accepted path.
 
-        tokens [B, M+1], q [B, M+1, V] or None, here or on the draft's device. Returns the Verdict and `report` [B, 2D+5], what the host wants to know:
-        the tokens of the path, its nodes, k, bonus, and 1 where a drafted token was there to be rejected.
+        tokens [B, M+1], q [B, M+1, V] or None, here or on the draft's device. Returns the Verdict and `report` [B, 2D+5],
+        what the host wants to know: the tokens of the path, its nodes, k, bonus, and 1 where a drafted token was there to
+        be rejected.
         """
         device = self.model.device
         with self.stats.span("verify", "target"):
@@ -227,7 +235,9 @@ class Target:
         return verdict, torch.cat([tokens.gather(1, verdict.path), verdict.path, ends], 1)
 
     def keep(self, rows):
+        """Go on with the sequences `rows` alone."""
         self.graphs.clear()
+        self.sampler.keep(rows)
         self.cache.keep(rows)
         self.prefix_len = self.prefix_len[rows]
 
@@ -245,7 +255,7 @@ def autoregressive(target_model, prompts, max_new_tokens, sampling, stop_ids=(),
     """One token a round: verify a speculation that is nothing but its root."""
     batch = Batch(target_model, prompts, max_new_tokens, sampling, stop_ids, seeds, stats)
     tree = Tree.chain(0, target_model.device)
-    target = Target(target_model, prompts, batch.sampler, batch.length + 2, batch.stats)
+    target = batch.side(Target, target_model, batch.length + 2)
     root = batch.root
     batch.prefilled()
     while batch.live:
@@ -255,6 +265,7 @@ def autoregressive(target_model, prompts, max_new_tokens, sampling, stop_ids=(),
         yield from batch.outcomes(tree)
         if (rows := batch.drop_finished(target)) is not None:
             root = root[rows]
+    batch.close()
 
 
 @torch.inference_mode()
@@ -264,8 +275,9 @@ def sd(target_model, draft_model, prompts, max_new_tokens, sampling, options, st
     batch = Batch(target_model, prompts, max_new_tokens, sampling, stop_ids, seeds, stats, draft_model)
     tree, fan = make_plan(options, batch.stats, draft_model)             # fan is for SSD
     room = batch.length + 3 * options.most_nodes()                      # two rounds that overshoot, and the trunk
-    target = Target(target_model, prompts, batch.sampler, room, batch.stats, options.residual(batch.sampler))
-    drafter = Drafter(draft_model, prompts, tree, None, batch.sampler, options, room, batch.stats)
+    target = batch.side(Target, target_model, room, options.residual(batch.sampler))
+    drafter = batch.side(Drafter, draft_model, room, options)
+    drafter.plan(tree, None)
     batch.prefilled()
     refeed = False                  # a fully accepted speculation ends in a token that the draft has never seen
     while batch.live:
@@ -283,6 +295,7 @@ def sd(target_model, draft_model, prompts, max_new_tokens, sampling, options, st
             if tree is not old:
                 batch.stats.stops.clear()
                 drafter.plan(tree, None)
+    batch.close()
 
 
 @torch.inference_mode()
@@ -293,9 +306,9 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
     tree, fan = make_plan(options, batch.stats, draft_model)
     nodes = options.most_nodes()
     room = batch.length + nodes * (options.fanout_budget + 2)           # an overshoot, the trunk and the branches
-    target = Target(target_model, prompts, batch.sampler, batch.length + 2 * nodes, batch.stats,
-                    options.residual(batch.sampler))
-    drafter = Drafter(draft_model, prompts, tree, fan, batch.sampler, options, room, batch.stats)
+    target = batch.side(Target, target_model, batch.length + 2 * nodes, options.residual(batch.sampler))
+    drafter = batch.side(Drafter, draft_model, room, options)
+    drafter.plan(tree, fan)
     batch.prefilled()
     drafter.speculate()                                                 # round 1: the speculation cache is empty
     glue, chunks = False, []
@@ -327,4 +340,5 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
                 drafter.fall_back(backup, found)
             glue = not all(hits) and backup == "fast"
             batch.start_round(hits, backup)
+    batch.close()
     yield chunks

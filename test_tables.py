@@ -198,7 +198,7 @@ def test_stored_q_is_what_was_sampled_from(name, monkeypatch):
 
     def watch_plan(self, tree, fan_out):
         make_plan(self, tree, fan_out)
-        plans.append(self.counts)
+        plans.append(self.layout.counts)
 
     def watch_verify(self, tokens, stored, tree):
         at = self.prefix_len[:, None] + tree.node_depth

@@ -36,6 +36,12 @@ class Tree:
         self.first_child = children[:, 0].tolist()                          # host copy, -1 for a leaf
         self.copies = {self.mask.device: self}                              # this tree, device by device
 
+    def __eq__(self, other):
+        return self.parents == other.parents and self.mask.device == other.mask.device
+
+    def __hash__(self):
+        return hash((tuple(self.parents), self.mask.device))
+
     def on(self, device):
         """This tree with its constants on `device`: the same object each time."""
         if device not in self.copies:

@@ -5,6 +5,7 @@
     python bench.py --target DIR --round-draft 5 --pad llama-3.1-8b     a small model's text at the cost of a large one
     python bench.py --target-shape llama-3.1-8b --draft-shape llama-3.2-1b --accept-rate 0.8     random weights: SYNTHETIC
     python bench.py --sweep k,fanout,tree,cta                   which lookahead, fan-out, tree, share of the GPU?
+    python bench.py --tune                                      sd and ssd also as --tune finds them fastest
     python bench.py --vs-transformers                           the same model and prompts in transformers
     python bench.py --steps llama-3.1-8b --context 128,2048,8192     ms a token and share of the ceiling, random weights
     python bench.py --kernels llama-3.1-8b                      TB/s of every linear, beside torch's F.linear (GPU)
@@ -46,6 +47,7 @@ from model import DTYPES, LlamaConfig
 from saguaro import sd, ssd
 from sampling import Sampling
 from shapes import SHAPES
+from tune import choose, describe, find
 
 COUNTED = "tokens", "seconds", "rounds", "sequence_rounds", "accepted", "tested", "hits", "lookups", "prefill_seconds"
 SETTLE = 3              # rounds at the start of a run that aren't timed: steps run uncompiled, then are recorded
@@ -156,8 +158,8 @@ def rows_of(contestants, counted, texts, floor, groups):
     return rows
 
 
-def contestants_for(args, pair):
-    """{label: contestant}: ar, sd and ssd, and what --sweep or --vs-transformers add."""
+def contestants_for(args, pair, group):
+    """{label: contestant}: ar, sd and ssd, and what --tune (on a group of prompts), --sweep or --vs-transformers add."""
     make = lambda mode, options=None, ctas=None: Contestant(pair, mode, options, args.sampling, args.max_new_tokens, ctas)
     found = {"ar": make("ar")}
     if pair.draft is not None:
@@ -170,6 +172,13 @@ def contestants_for(args, pair):
                     options = replace(args.options, **{field: value}, **({"k": 10} if what == "tree" else {}))
                     title = {"k": f"K = {value}", "fanout": f"{value} outcomes", "tree": f"tree of {value}"}[what]
                     found[f"{mode}, {title}"] = make(mode, options, args.ctas if mode == "ssd" else None)
+        if args.tune:
+            times, stats = find(pair.target, pair.draft, group, args.sampling, args.options, pair.stop_ids)
+            plans = choose(times, stats, pair.draft, args.options)
+            print(*describe(times, plans), sep="\n", flush=True)
+            for mode in "sd", "ssd":
+                k, tree, budget, ctas, _ = plans[mode]
+                found[f"{mode}, tuned"] = make(mode, replace(args.options, k=k, tree=tree, fanout_budget=budget), ctas)
         for ctas in (None, *cta_budgets(args.device)) if "cta" in args.sweep else ():
             found[f"ssd, {'full grid' if ctas is None else f'{ctas} CTAs'}"] = make("ssd", args.options, ctas)
     if args.vs_transformers:
@@ -212,7 +221,7 @@ def speed(args):
                 count = max(1, args.sequences // size) * size
                 texts = (prompts * -(-count // len(prompts)))[:count]
                 groups = [texts[i:i + size] for i in range(0, count, size)]
-                contestants = contestants_for(args, pair)
+                contestants = contestants_for(args, pair, groups[0])
                 lengths = list(map(len, texts))
                 middle = sum(lengths) / count + args.max_new_tokens / 2
                 weights, cached = step_bytes(pair.target.config, args.dtype, int(middle))
@@ -381,7 +390,8 @@ def parse_flags(argv):
     add("--fanout", default=Options.fanout, choices=("uniform", "geometric", "auto"))
     add("--draft-dtype", choices=("int8",))
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
-    for flag, help in (("--chat", "put the prompts under the chat template"),
+    for flag, help in (("--tune", "add sd and ssd as --tune of generate.py finds them best"),
+                       ("--chat", "put the prompts under the chat template"),
                        ("--vs-transformers", "add transformers' generate"),
                        ("--predict", "the speedup model with measured steps"), ("--speculation", "tables without a clock"),
                        ("--small", "fewer fan-out budgets in --speculation"), ("--report", "write README.md from results/")):
@@ -403,6 +413,7 @@ def parse_flags(argv):
          "--draft-shape and --accept-rate are for --target-shape; a real pair has an acceptance of its own"),
         (args.accept_rate is not None and not 0 <= args.accept_rate < 1, "--accept-rate must lie in [0, 1)"),
         (args.draft and args.round_draft, "--draft or --round-draft, not both"),
+        (args.tune and (args.steps or args.kernels or args.predict or args.speculation), "--tune is for timing the modes"),
         (args.vs_transformers and (args.batch != [1] or args.target_shape or args.draft_dtype),
          "--vs-transformers takes --batch 1 and a real pair, its draft not in int8"),
         (args.plot and (args.steps or args.kernels), "--plot draws speeds, --predict and --speculation, not single steps or kernels"),

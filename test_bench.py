@@ -108,6 +108,17 @@ def test_speed_of_the_embedded_pair(capsys, tiny_shapes, tmp_path):
         assert words in printed
 
 
+@pytest.mark.parametrize("pair", [(), ("--target-shape", "tiny", "--draft-shape", "tiny-draft", "--accept-rate", "0.8")])
+def test_tune(capsys, tiny_shapes, pair):
+    result, printed = run(capsys, *pair, "--tune", "--max-new-tokens", "32", "--repeats", "1", "--sequences", "1")
+    modes = {m["label"]: m for m in result["runs"][0]["modes"]}
+    assert [*modes] == ["ar", "sd", "ssd", "sd, tuned", "ssd, tuned"] and "tune: fastest: " in printed
+    assert all(m["same_text"] for m in modes.values())
+    tuned = modes["ssd, tuned"]["options"]
+    shape = f"--tree {tuned['tree']} --k {tuned['k']}" if tuned["tree"] else f"--k {tuned['k']}"
+    assert f"expected with {shape} --fanout-budget {tuned['fanout_budget']}" in printed
+
+
 def test_synthetic_acceptance(capsys, tiny_shapes):
     """The rates that come out are those that were asked for, all modes write the same, and it says SYNTHETIC."""
     result, printed = run(capsys, "--target-shape", "tiny", "--draft-shape", "tiny-draft", "--accept-rate", "0.8", "--repeats",

@@ -158,9 +158,7 @@ class KVCache:
         # Zeros, not empty: masked slots still enter a product with weight 0, and 0 * NaN would be NaN.
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
 
-    @property
-    def capacity(self):
-        return self.k.shape[3]
+    capacity = property(lambda self: self.k.shape[3])
 
     def part(self, first, last):
         """The cache of sequences first..last-1: the same memory."""
@@ -215,13 +213,8 @@ class Llama(nn.Module):
         trimmed = c.target_vocab_size is not None
         self.register_buffer("d2t", torch.full((c.vocab_size,), -1, device=device) if trimmed else None)
 
-    @property
-    def device(self):
-        return self.embed.device
-
-    @property
-    def dtype(self):
-        return self.embed.dtype
+    device = property(lambda self: self.embed.device)
+    dtype = property(lambda self: self.embed.dtype)
 
     def forward(self, tokens, positions, slots, prefix_len, mask, cache, end=None):
         """One step over a token tree; writes the new tokens' K and V into `cache`.

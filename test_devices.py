@@ -11,7 +11,7 @@ import draft
 import graphs
 import sampling
 import saguaro
-from model import Llama, LlamaConfig, prefill
+from model import Llama, LlamaConfig
 from saguaro import Options, Stats, autoregressive, sd, ssd
 from sampling import Sampling
 
@@ -82,8 +82,14 @@ def two_sides(monkeypatch):
         if isinstance(x, Sided) and type(x) is not side:                    # the others are there, or prompts and seeds
             crossed.append((type(x), x.dtype, x.numel()))
         return x if type(x) is side else x.as_subclass(torch.Tensor).clone().as_subclass(side)
-    for module in (draft, saguaro):                                         # what follows from prefix_len is on its side too
-        monkeypatch.setattr(module, "prefill", lambda model, *args: prefill(model, *args).as_subclass(type(model.embed)))
+    def started(start):
+        def wrapper(self, *args):
+            start(self, *args)
+            for name in {"prefix_len", "history"} & vars(self).keys():      # what follows from these is on their side too
+                setattr(self, name, getattr(self, name).as_subclass(type(self.model.embed)))
+        return wrapper
+    for kind in (draft.Drafter, saguaro.Target):
+        monkeypatch.setattr(kind, "start", started(kind.start))
     post = graphs.ReadBack.post
 
     def post_from_target(self, *tensors):

@@ -106,12 +106,14 @@ def measure(target_model, draft_model, sampling=Sampling(), batch=1, context=256
     device, devices, times = target_model.device, {target_model.device, draft_model.device}, Times(batch)
     prompts, sampler = [[1] * context] * batch, Sampler(sampling, [0] * batch, device)
     branches = BRANCHES if draft_model.device.type == "cuda" else (8, 32)
-    drafter = Drafter(draft_model, prompts, Tree.chain(K, draft_model.device), None, sampler, Options(),
-                      context + (K + 1) * (max(branches) + 2), Stats())
+    chain = Tree.chain(K, draft_model.device)
+    drafter = Drafter(draft_model, batch, sampler, context + (K + 1) * (max(branches) + 2), Options())
+    drafter.start(prompts, sampler, Stats())
+    drafter.plan(chain, None)
     one = seconds(drafter.speculate, devices) / K
     times.draft.append([1, one])
     for n in sorted({*branches, BUDGET}, key=lambda n: (n == BUDGET, n)):           # the budget last: it stays planned
-        drafter.plan(drafter.tree, [n // (K + 1) + (i < n % (K + 1)) for i in range(K + 1)])
+        drafter.plan(chain, [n // (K + 1) + (i < n % (K + 1)) for i in range(K + 1)])
         drafter.speculate()
         beside = seconds(drafter.precompute, devices)
         times.draft.append([n, max(one, (beside - one) / K)])
@@ -122,7 +124,8 @@ def measure(target_model, draft_model, sampling=Sampling(), batch=1, context=256
     specs = {n: (torch.ones(batch, n, dtype=torch.int64, device=device), None, Tree.chain(n - 1, device)) for n in TOKENS}
     for ctas in budgets:
         target_model.run_with(ctas=ctas)
-        target = Target(target_model, prompts, sampler, context + 2 * max(TOKENS), Stats())
+        target = Target(target_model, batch, sampler, context + 2 * max(TOKENS))
+        target.start(prompts, sampler, Stats())
         start = target.prefix_len.clone()
 
         def verify(n):

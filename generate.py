@@ -59,7 +59,7 @@ def find_device(name, flag="--device"):
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError(f"{device.type} is not supported")
-        device = torch.empty(1, device=device).device                       # is it really there? Now it has an index, too
+        torch.empty(1, device=device)                                       # is it really there?
     except (AssertionError, RuntimeError) as error:
         raise UserError(f"{flag} {name}: {str(error).splitlines()[0]}; expected auto, cpu, cuda or cuda:N") from None
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device

@@ -236,15 +236,16 @@ class Llama(nn.Module):
             end = cache.capacity if tokens.is_cuda else int(slots.max()) + 1
         ops = self.ops if T <= kernels.MAX_ROWS else kernels.TORCH          # a long prefill chunk: cuBLAS is best
         visible, eps = ops.visibility(prefix_len, mask, end), self.config.norm_eps
-        # x, the residual stream, travels with the sums of squares of its rows, which is all that RMSNorm must know.
-        x, cos, sin, sums = ops.embed(tokens, positions, self.embed, self.freqs, 2 * len(self.layers) + 1)
-        for i, (layer, k, v) in enumerate(zip(self.layers, cache.k, cache.v)):
-            q = ops.qkv_rope(x, sums[2 * i], layer.attn_norm, eps, layer.wqkv, cos, sin, slots, k, v)   # [B, T, H, D]
+        # x, the residual stream, travels with what the norm that reads it next must know (kernels.linear.Stream).
+        x, cos, sin, sums = ops.embed(tokens, positions, self.embed, self.freqs, self.layers[0].attn_norm, 2 * len(self.layers))
+        next_norms = [layer.attn_norm for layer in self.layers[1:]] + [self.norm]
+        for i, (layer, norm, k, v) in enumerate(zip(self.layers, next_norms, cache.k, cache.v)):
+            q = ops.qkv_rope(x, layer.attn_norm, eps, layer.wqkv, cos, sin, slots, k, v)                # [B, T, H, D]
             y = ops.tree_attention(q, k, v, visible)
-            x = ops.linear(y.flatten(2), layer.wo, residual=x, sums=sums[2 * i + 1])
-            h = ops.swiglu_linear(x, sums[2 * i + 1], layer.mlp_norm, eps, layer.w_gate_up)             # [B, T, ffn]
-            x = ops.linear(h, layer.w_down, residual=x, sums=sums[2 * i + 2])
-        return ops.rms_norm(x, self.norm, eps)
+            x = ops.add_linear(y.flatten(2), layer.wo, x, layer.mlp_norm, sums[2 * i])
+            h = ops.swiglu_linear(x, layer.mlp_norm, eps, layer.w_gate_up)                              # [B, T, ffn]
+            x = ops.add_linear(h, layer.w_down, x, norm, sums[2 * i + 1])
+        return ops.rms_norm(x.x, self.norm, eps)
 
     def logits(self, hidden):
         """hidden [..., dim] -> [..., V] float32."""

@@ -41,6 +41,13 @@ def fixed_sums(x):
     return (x.float().pow(2) * FIXED.value).to(torch.int64).sum(-1)
 
 
+def stream(x, norm=None):
+    """x as the stream that a kernel reads, or without a norm, as the one that a twin reads."""
+    if norm is None:
+        return linear.Stream(x, None, x.float().pow(2).sum(-1))
+    return linear.Stream(x, (x.float() * norm.float()).to(x.dtype), fixed_sums(x))
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
@@ -55,10 +62,12 @@ def test_linear(rows, size):
     K, N = size
     x, w, residual = randn(1, rows, K), randn(N, K, scale=K ** -0.5), randn(1, rows, N)
     check(linear.linear(x, w), linear.linear_ref, x, w)
-    sums = torch.zeros(1, rows, dtype=torch.int64, device=DEVICE)
-    y = linear.linear(x, w, residual, sums)
-    check(y, linear.linear_ref, x, w, residual)
-    torch.testing.assert_close(sums.double(), fixed_sums(y).double(), rtol=1e-5, atol=0)
+    norm, sums = randn(N), torch.zeros(1, rows, dtype=torch.int64, device=DEVICE)
+    got = linear.add_linear(x, w, linear.Stream(residual, None, None), norm, sums)
+    check(got.x, lambda x, w, residual: linear.add_linear_ref(x, w, linear.Stream(residual, None, None), None,
+                                                              torch.zeros(1, rows, device=DEVICE)).x, x, w, residual)
+    assert torch.equal(got.weighed, (got.x.float() * norm.float()).to(DTYPE))
+    torch.testing.assert_close(got.sums.double(), fixed_sums(got.x).double(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("split", [1, 2, 4])
@@ -77,8 +86,8 @@ def test_split_k_is_repeatable(split, monkeypatch):
 def test_swiglu(rows, size):
     K, N = size
     x, w, norm = randn(1, rows, K), randn(N, K, scale=K ** -0.5), randn(K)
-    check(linear.swiglu_linear(x, fixed_sums(x), norm, 1e-5, w),
-          lambda x, w, norm: linear.swiglu_linear_ref(x, None, norm, 1e-5, w), x, w, norm)
+    check(linear.swiglu_linear(stream(x, norm), norm, 1e-5, w),
+          lambda x, w, norm: linear.swiglu_linear_ref(stream(x), norm, 1e-5, w), x, w, norm)
 
 
 @pytest.mark.parametrize("B, T, H, KV, D", [(1, 1, 32, 8, 128), (3, 5, 9, 3, 64), (1, 64, 32, 8, 64)] if CUDA else
@@ -89,12 +98,12 @@ def test_qkv_rope(B, T, H, KV, D):
     angles = torch.rand(B, T, D // 2, device=DEVICE) * 100
     slots = torch.stack([torch.randperm(C)[:T] for _ in range(B)]).to(DEVICE)
 
-    def run(op, sums, x, norm, w):
-        k, v = torch.full((2, B, KV, C, D), 1e4, device=DEVICE, dtype=x.dtype)
-        q = op(x, sums, norm, 1e-5, w, angles.cos(), angles.sin(), slots, k, v)
+    def run(op, stream, norm, w):
+        k, v = torch.full((2, B, KV, C, D), 1e4, device=DEVICE, dtype=stream.x.dtype)
+        q = op(stream, norm, 1e-5, w, angles.cos(), angles.sin(), slots, k, v)
         return torch.cat([q.flatten(), k.flatten(), v.flatten()])       # the cache too: nothing else may be written
-    got = run(linear.qkv_rope, fixed_sums(x), x, norm, w)
-    check(got, lambda x, norm, w: run(linear.qkv_rope_ref, None, x, norm, w), x, norm, w)
+    got = run(linear.qkv_rope, stream(x, norm), norm, w)
+    check(got, lambda x, norm, w: run(linear.qkv_rope_ref, stream(x), norm, w), x, norm, w)
 
 
 def test_int8_weights():
@@ -185,11 +194,12 @@ def test_embed():
     V, dim, D, B, T = 50, 96, 32, 2, 5
     weight, freqs = randn(V, dim), torch.rand(D // 2, device=DEVICE)
     tokens, positions = torch.randint(-1, V, (B, T), device=DEVICE), torch.randint(0, 5000, (B, T), device=DEVICE)
-    x, cos, sin, sums = embed.embed(tokens, positions, weight, freqs, 7)
-    x_ref, cos_ref, sin_ref, _ = embed.embed_ref(tokens, positions, weight, freqs, 7)
-    assert torch.equal(x, x_ref)
+    norm = randn(dim)
+    got, cos, sin, zeros = embed.embed(tokens, positions, weight, freqs, norm, 7)
+    want, cos_ref, sin_ref, _ = embed.embed_ref(tokens, positions, weight, freqs, norm, 7)
+    assert torch.equal(got.x, want.x) and torch.equal(got.weighed, (got.x.float() * norm.float()).to(DTYPE))
     torch.testing.assert_close((cos, sin), (cos_ref, sin_ref), atol=2e-6, rtol=0)
-    assert torch.equal(sums[0], fixed_sums(x)) and not sums[1:].any()
+    assert torch.equal(got.sums, fixed_sums(got.x)) and zeros.shape == (7, B, T) and not zeros.any()
 
 
 def test_norm():

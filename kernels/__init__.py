@@ -13,7 +13,7 @@ from kernels.noise import gumbel, uniform
 from kernels.tree_attention import Ancestors
 
 TORCH = SimpleNamespace(
-    embed=embed.embed_ref, linear=linear.linear_ref, swiglu_linear=linear.swiglu_linear_ref,
+    embed=embed.embed_ref, add_linear=linear.add_linear_ref, swiglu_linear=linear.swiglu_linear_ref,
     qkv_rope=linear.qkv_rope_ref, visibility=tree_attention.visibility_ref, tree_attention=tree_attention.tree_attention_ref,
     rms_norm=linear.rms_norm_ref, head=head.head_ref, best=head.best_ref, commit=commit.commit_ref, walk=accept.walk_ref)
 
@@ -22,7 +22,7 @@ def triton_ops(ctas=None):
     """The kernels; ctas: the most programs a linear may launch (they then loop), to leave room for a model beside it."""
     few = lambda op: functools.partial(op, ctas=ctas)
     return SimpleNamespace(
-        embed=embed.embed, linear=few(linear.linear), swiglu_linear=few(linear.swiglu_linear),
+        embed=embed.embed, add_linear=few(linear.add_linear), swiglu_linear=few(linear.swiglu_linear),
         qkv_rope=few(linear.qkv_rope), visibility=tree_attention.visibility, tree_attention=tree_attention.tree_attention,
         rms_norm=head.norm, head=few(head.head), best=few(head.best), commit=commit.commit, walk=accept.walk)
 

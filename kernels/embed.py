@@ -7,30 +7,30 @@ import triton
 import triton.language as tl
 
 from kernels.launch import launch_options, pdl, wait_for_inputs
-from kernels.linear import FIXED
+from kernels.linear import FIXED, Stream
 
 
-def embed_ref(tokens, positions, weight, freqs, n):
-    """tokens, positions [B, T] int64 (token -1, an empty tree node, reads as 0); weight [V, dim]; freqs [D/2].
+def embed_ref(tokens, positions, weight, freqs, norm, n):
+    """tokens, positions [B, T] int64 (token -1, an empty tree node, reads as 0); weight [V, dim]; freqs [D/2]; norm [dim].
 
-    Returns x [B, T, dim], cos, sin [B, T, D/2] float32, and sums [n, B, T]: sums[0] of x^2, the rest zeros.
+    Returns the Stream x [B, T, dim] that `norm` reads next, cos, sin [B, T, D/2] float32, and zeros [n, B, T] for sums.
     """
     x = weight[tokens.clamp(min=0)]
     angles = positions[..., None].float() * freqs
-    sums = torch.zeros(n, *tokens.shape, device=x.device)
-    sums[0] = x.float().pow(2).sum(-1)
-    return x, angles.cos(), angles.sin(), sums
+    return Stream(x, None, x.float().pow(2).sum(-1)), angles.cos(), angles.sin(), torch.zeros(n, *tokens.shape, device=x.device)
 
 
 @triton.jit
-def embed_kernel(token_ptr, position_ptr, weight_ptr, freq_ptr, x_ptr, cos_ptr, sin_ptr, sums_ptr, M, DIM: tl.constexpr,
-                 HALF: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def embed_kernel(token_ptr, position_ptr, weight_ptr, freq_ptr, norm_ptr, x_ptr, weighed_ptr, cos_ptr, sin_ptr, sums_ptr, M,
+                 DIM: tl.constexpr, HALF: tl.constexpr, SUMS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     wait_for_inputs(PDL)
     m = tl.program_id(0)
     token = tl.maximum(tl.load(token_ptr + m), 0)
     i = tl.arange(0, BLOCK)
     x = tl.load(weight_ptr + token * DIM + i, mask=i < DIM, other=0.0)
+    norm = tl.load(norm_ptr + i, mask=i < DIM, other=0.0)
     tl.store(x_ptr + m * DIM + i, x, mask=i < DIM)
+    tl.store(weighed_ptr + m * DIM + i, (x.to(tl.float32) * norm.to(tl.float32)).to(x.dtype), mask=i < DIM)
     row = tl.arange(0, triton.next_power_of_2(SUMS))
     x = x.to(tl.float32)
     total = tl.sum((x * x * FIXED).to(tl.int64), axis=0)
@@ -41,12 +41,12 @@ def embed_kernel(token_ptr, position_ptr, weight_ptr, freq_ptr, x_ptr, cos_ptr, 
     tl.store(sin_ptr + m * HALF + pair, tl.sin(angle))
 
 
-def embed(tokens, positions, weight, freqs, n):
+def embed(tokens, positions, weight, freqs, norm, n):
     """As embed_ref, with sums in int64 units of 2^-28."""
     M, DIM, HALF, device = tokens.numel(), weight.shape[1], freqs.shape[0], tokens.device
-    x = torch.empty(*tokens.shape, DIM, device=device, dtype=weight.dtype)
+    x, weighed = torch.empty(2, *tokens.shape, DIM, device=device, dtype=weight.dtype)
     cos, sin = torch.empty(2, *tokens.shape, HALF, device=device)
-    sums = torch.empty(n, *tokens.shape, device=device, dtype=torch.int64)
-    embed_kernel[(M,)](tokens.contiguous(), positions.contiguous(), weight, freqs, x, cos, sin, sums, M, DIM, HALF, n,
-                       triton.next_power_of_2(DIM), PDL=pdl(device), num_warps=4, **launch_options(device))
-    return x, cos, sin, sums
+    sums = torch.empty(n + 1, *tokens.shape, device=device, dtype=torch.int64)
+    embed_kernel[(M,)](tokens.contiguous(), positions.contiguous(), weight, freqs, norm, x, weighed, cos, sin, sums, M, DIM,
+                       HALF, n + 1, triton.next_power_of_2(DIM), PDL=pdl(device), num_warps=4, **launch_options(device))
+    return Stream(x, weighed, sums[0]), cos, sin, sums[1:]

@@ -63,7 +63,7 @@ def best_kernel(x_ptr, w_ptr, scale_ptr, seed_ptr, position_ptr, id_ptr, value_p
     wait_for_inputs(PDL)
     for block in range(tl.program_id(0), tl.cdiv(N, BN), tl.num_programs(0)):
         rows = block * BN + tl.arange(0, BN)
-        acc = product(x_ptr, w_ptr, x_ptr, rows, M, N, K, 0, K, BM, BK, False, tl.zeros([BN, BM], tl.float32))
+        acc = product(x_ptr, w_ptr, rows, M, N, K, 0, K, BM, BK, tl.zeros([BN, BM], tl.float32))
         scores = weight_scale(acc, scale_ptr, rows, N, INT8)
         ids = rows.to(tl.int64)
         if IDS:

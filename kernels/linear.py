@@ -1,11 +1,10 @@
 """Skinny linear layers with everything that touches their input or output folded in.
 
 At batch 1 a linear streams its weight once (N*K elements) and moves next to nothing else, so every op that is no weight
-stream is a launch to get rid of: RMSNorm goes into the prologue; the residual, SwiGLU, and QKV-split + RoPE + KV write
-go into the epilogue. Four linears and one attention are then a whole Transformer layer.
+stream is a launch to get rid of: the residual, RMSNorm, SwiGLU, and QKV-split + RoPE + KV write go into the epilogues. Four linears and one attention are then a whole Transformer layer.
 
-The residual stream x travels with `sums`, the sum of squares of each of its rows: whoever writes x also adds that up, so
-that the next RMSNorm knows its scale before it has read anything.
+RMSNorm costs nothing: whoever writes the residual stream x also writes x times the weight of the norm that reads it next,
+and adds up the squares of each row. The reader multiplies with the former, and scales its result by the latter.
 
 Grid: one program per block of output rows (a persistent loop if fewer programs are asked for). A program computes
 W[BN, K] @ x.T[K, BM]: the weight is the left operand, so the tensor core instruction, and with it the order of every
@@ -15,6 +14,8 @@ sum, is the same for 1 row of x and for 128. That makes decoding and verifying b
   - split-K partials are added in order by whichever program of a block comes last;
   - sums are fixed-point integers, which add up to the same in any order.
 """
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -39,21 +40,29 @@ def rms_norm_ref(x, weight, eps, sums=None):
     return weight * h.to(x.dtype)
 
 
-def linear_ref(x, w, residual=None, sums=None):
-    """x [..., K] @ w [N, K].T (+ residual [..., N]) -> y [..., N]; sums [...], if given, becomes the sums of y^2.
-
-    w is a tensor or an Int8Weight, here and below.
-    """
-    y = F.linear(x, dense(w, x))
-    y = y if residual is None else residual + y
-    if sums is not None:
-        sums.copy_(y.float().pow(2).sum(-1))
-    return y
+class Stream(NamedTuple):
+    """The residual stream behind a layer's half."""
+    x: torch.Tensor                     # [..., dim]
+    weighed: torch.Tensor | None        # [..., dim] x * weight of the norm that reads it next, in x's dtype (twins: None)
+    sums: torch.Tensor                  # [...] sums of x^2: float32 in the twins, int64 in units of 2^-28 in Triton
 
 
-def swiglu_linear_ref(x, sums, norm, eps, w):
-    """SwiGLU of the normed input: w [2F, K] holds the gate rows, then the up rows. x [..., K] -> [..., F]."""
-    gate, up = F.linear(rms_norm_ref(x, norm, eps, sums), dense(w, x)).chunk(2, dim=-1)
+def linear_ref(x, w, out_dtype=None):
+    """x [..., K] @ w [N, K].T -> y [..., N]. w is a tensor or an Int8Weight, here and below. out_dtype: of y, default x's."""
+    return F.linear(x, dense(w, x)).to(out_dtype or x.dtype)
+
+
+def add_linear_ref(x, w, stream, norm, sums):
+    """x [..., K] @ w [N, K].T added to a Stream: the next Stream. norm [N]: weight of the norm that reads it next; sums
+    [...]: zeros, which become the next Stream's."""
+    y = stream.x + F.linear(x, dense(w, x))
+    return Stream(y, None, sums.copy_(y.float().pow(2).sum(-1)))
+
+
+def swiglu_linear_ref(stream, norm, eps, w):
+    """SwiGLU of the normed Stream [..., K]: w [2F, K] holds the gate rows, then the up rows. Returns [..., F]."""
+    h = rms_norm_ref(stream.x, norm, eps, stream.sums)
+    gate, up = F.linear(h, dense(w, h)).chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
@@ -64,17 +73,18 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
-def qkv_rope_ref(x, sums, norm, eps, w, cos, sin, slots, k_cache, v_cache):
+def qkv_rope_ref(stream, norm, eps, w, cos, sin, slots, k_cache, v_cache):
     """Norm, project, rotate, and write K and V into their cache slots.
 
-    x [B, T, K]; w [(H + 2 KV) D, K], rows q then k then v; cos, sin [B, T, D/2]; slots [B, T];
+    stream [B, T, K]; w [(H + 2 KV) D, K], rows q then k then v; cos, sin [B, T, D/2]; slots [B, T];
     k_cache, v_cache [B, KV, C, D], written in place. Returns q [B, T, H, D].
     """
-    B, T, _ = x.shape
+    B, T, _ = stream.x.shape
     KV, D = k_cache.shape[1], k_cache.shape[3]
-    qkv = F.linear(rms_norm_ref(x, norm, eps, sums), dense(w, x)).view(B, T, -1, D)     # [B, T, H + 2 KV, D]
+    h = rms_norm_ref(stream.x, norm, eps, stream.sums)
+    qkv = F.linear(h, dense(w, h)).view(B, T, -1, D)                        # [B, T, H + 2 KV, D]
     q, k, v = qkv.split([qkv.shape[2] - 2 * KV, KV, KV], dim=2)
-    batch = torch.arange(B, device=x.device)[:, None]
+    batch = torch.arange(B, device=h.device)[:, None]
     k_cache[batch, :, slots] = rotate(k, cos, sin)                          # [B, T, KV, D]
     v_cache[batch, :, slots] = v
     return rotate(q, cos, sin)
@@ -84,9 +94,8 @@ def qkv_rope_ref(x, sums, norm, eps, w, cos, sin, slots, k_cache, v_cache):
 # In Triton
 
 @triton.jit
-def product(x_ptr, w_ptr, norm_ptr, rows, M, N, K: tl.constexpr, k0, k1, BM: tl.constexpr, BK: tl.constexpr,
-            NORM: tl.constexpr, acc):
-    """acc [BN, BM] + W[rows, k0:k1] @ (x * norm).T[k0:k1]."""
+def product(x_ptr, w_ptr, rows, M, N, K: tl.constexpr, k0, k1, BM: tl.constexpr, BK: tl.constexpr, acc):
+    """acc [BN, BM] + W[rows, k0:k1] @ x.T[k0:k1]."""
     m = tl.arange(0, BM)
     for k in range(k0, k1, BK):
         kk = k + tl.arange(0, BK)
@@ -94,8 +103,6 @@ def product(x_ptr, w_ptr, norm_ptr, rows, M, N, K: tl.constexpr, k0, k1, BM: tl.
         w = tl.load(w_ptr + rows[:, None].to(tl.int64) * K + kk[None, :], mask=(rows < N)[:, None] & inside[None, :],
                     other=0.0, eviction_policy="evict_first")
         x = tl.load(x_ptr + m[None, :] * K + kk[:, None], mask=(m < M)[None, :] & inside[:, None], other=0.0)
-        if NORM:
-            x = (x.to(tl.float32) * tl.load(norm_ptr + kk, mask=inside, other=0.0).to(tl.float32)[:, None]).to(x.dtype)
         acc = tl.dot(w.to(x.dtype), x, acc, input_precision="ieee")
     return acc
 
@@ -117,10 +124,11 @@ def weight_scale(acc, scale_ptr, rows, N, INT8: tl.constexpr):
 
 
 @triton.jit
-def linear_kernel(x_ptr, w_ptr, scale_ptr, residual_ptr, y_ptr, sums_ptr, part_ptr, count_ptr, M, N, K: tl.constexpr,
-                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, INT8: tl.constexpr,
-                  RESIDUAL: tl.constexpr, SUMS: tl.constexpr, PDL: tl.constexpr):
-    """y = x W^T (+ residual), and sums of y^2. Program p works on block p // SPLIT, part p % SPLIT of K."""
+def linear_kernel(x_ptr, w_ptr, scale_ptr, residual_ptr, norm_ptr, y_ptr, weighed_ptr, sums_ptr, part_ptr, count_ptr, M, N,
+                  K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+                  INT8: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):
+    """y = x W^T; with ADD, + residual, and y * norm and the sums of y^2. Program p works on block p // SPLIT, part
+    p % SPLIT of K."""
     m = tl.arange(0, BM)
     span: tl.constexpr = (K // SPLIT + 511) // 512 * 512 if SPLIT > 1 else K            # whole tiles for any BK
     first = tl.program_id(0)
@@ -132,10 +140,10 @@ def linear_kernel(x_ptr, w_ptr, scale_ptr, residual_ptr, y_ptr, sums_ptr, part_p
         k0 = part * span
         inside = (rows < N)[:, None] & (m < M)[None, :]
         at = m[None, :] * N + rows[:, None]
-        if RESIDUAL and BM == 16:                                           # asked for early, it is here when it's needed
+        if ADD and BM == 16:                                                # asked for early, they are here when needed
             residual = tl.load(residual_ptr + at, mask=inside, other=0.0)
-        acc = product(x_ptr, w_ptr, x_ptr, rows, M, N, K, k0, tl.minimum(k0 + span, K), BM, BK, False,
-                      tl.zeros([BN, BM], tl.float32))
+            norm = tl.load(norm_ptr + rows, mask=rows < N, other=0.0)
+        acc = product(x_ptr, w_ptr, rows, M, N, K, k0, tl.minimum(k0 + span, K), BM, BK, tl.zeros([BN, BM], tl.float32))
         last = True
         if SPLIT > 1:
             tile = part_ptr + block * SPLIT * BN * BM + tl.arange(0, BN)[:, None] * BM + m[None, :]
@@ -150,14 +158,16 @@ def linear_kernel(x_ptr, w_ptr, scale_ptr, residual_ptr, y_ptr, sums_ptr, part_p
                 tl.store(count_ptr + block, 0)                              # ready for the next launch
         if last:
             y = weight_scale(acc, scale_ptr, rows, N, INT8)
-            if RESIDUAL:
+            if ADD:
                 if BM > 16:
                     residual = tl.load(residual_ptr + at, mask=inside, other=0.0)
+                    norm = tl.load(norm_ptr + rows, mask=rows < N, other=0.0)
                 y += residual.to(tl.float32)
             y = y.to(y_ptr.dtype.element_ty)
             tl.store(y_ptr + at, y, mask=inside)
-            if SUMS:
+            if ADD:
                 y = tl.where(inside, y.to(tl.float32), 0.0)
+                tl.store(weighed_ptr + at, (y * norm.to(tl.float32)[:, None]).to(y_ptr.dtype.element_ty), mask=inside)
                 tl.atomic_add(sums_ptr + m, tl.sum((y * y * FIXED).to(tl.int64), axis=0), mask=m < M, sem="relaxed")
 
 
@@ -175,7 +185,7 @@ def unpair(acc, BN: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def swiglu_kernel(x_ptr, sums_ptr, norm_ptr, eps, w_ptr, scale_ptr, y_ptr, M, N, K: tl.constexpr, BM: tl.constexpr,
+def swiglu_kernel(x_ptr, sums_ptr, eps, w_ptr, scale_ptr, y_ptr, M, N, K: tl.constexpr, BM: tl.constexpr,
                   BN: tl.constexpr, BK: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr):
     """y [M, N/2] = silu(gate) * up; a block holds BN/2 gate rows and the up rows that go with them."""
     m = tl.arange(0, BM)
@@ -186,7 +196,7 @@ def swiglu_kernel(x_ptr, sums_ptr, norm_ptr, eps, w_ptr, scale_ptr, y_ptr, M, N,
     scale = rms_scale(sums_ptr, M, eps, K, BM)
     for block in range(tl.program_id(0), tl.cdiv(half, BN // 2), tl.num_programs(0)):
         rows = paired_rows(block, half, BN)
-        acc = product(x_ptr, w_ptr, norm_ptr, rows, M, N, K, 0, K, BM, BK, True, tl.zeros([BN, BM], tl.float32))
+        acc = product(x_ptr, w_ptr, rows, M, N, K, 0, K, BM, BK, tl.zeros([BN, BM], tl.float32))
         acc = weight_scale(acc, scale_ptr, rows, N, INT8) * scale[None, :]
         gate, up = unpair(acc, BN, BM)
         y = gate * tl.sigmoid(gate) * up
@@ -196,7 +206,7 @@ def swiglu_kernel(x_ptr, sums_ptr, norm_ptr, eps, w_ptr, scale_ptr, y_ptr, M, N,
 
 
 @triton.jit
-def qkv_kernel(x_ptr, sums_ptr, norm_ptr, eps, w_ptr, scale_ptr, cos_ptr, sin_ptr, slot_ptr, q_ptr, k_ptr, v_ptr,
+def qkv_kernel(x_ptr, sums_ptr, eps, w_ptr, scale_ptr, cos_ptr, sin_ptr, slot_ptr, q_ptr, k_ptr, v_ptr,
                M, T, H: tl.constexpr, KV: tl.constexpr, stride_b, stride_h, K: tl.constexpr, D: tl.constexpr,
                BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr):
     """q [M, H, D], and K, V in their slots; a block holds BN/2 RoPE pairs (i, i + D/2) of one head."""
@@ -212,7 +222,7 @@ def qkv_kernel(x_ptr, sums_ptr, norm_ptr, eps, w_ptr, scale_ptr, cos_ptr, sin_pt
     for block in range(first, N // BN, tl.num_programs(0)):
         head = block // per_head
         rows = head * D + paired_rows(block % per_head, D // 2, BN)
-        acc = product(x_ptr, w_ptr, norm_ptr, rows, M, N, K, 0, K, BM, BK, True, tl.zeros([BN, BM], tl.float32))
+        acc = product(x_ptr, w_ptr, rows, M, N, K, 0, K, BM, BK, tl.zeros([BN, BM], tl.float32))
         acc = weight_scale(acc, scale_ptr, rows, N, INT8) * scale[None, :]
         a, b = unpair(acc.to(q_ptr.dtype.element_ty).to(tl.float32), BN, BM)
         i = block % per_head * (BN // 2) + tl.arange(0, BN // 2)[:, None]   # pair within the head
@@ -240,30 +250,42 @@ def qkv_kernel(x_ptr, sums_ptr, norm_ptr, eps, w_ptr, scale_ptr, cos_ptr, sin_pt
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers: the contract of the twins, for up to MAX_ROWS rows (B*T) of contiguous tensors
 
-def linear(x, w, residual=None, sums=None, out_dtype=None, ctas=None):
-    """As linear_ref; sums [...] int64 (zeros before) in units of 2^-28. out_dtype: of y, default x's."""
+def linear(x, w, out_dtype=None, ctas=None):
+    """As linear_ref."""
     launch = Launch(x, w, ctas=ctas)
-    y = torch.empty(*x.shape[:-1], launch.N, device=x.device, dtype=out_dtype or x.dtype)
     part, count = launch.scratch()
+    y = torch.empty(*x.shape[:-1], launch.N, device=x.device, dtype=out_dtype or x.dtype)
     linear_kernel[launch.grid](
-        x, launch.weight, launch.scale, x if residual is None else residual, y, x if sums is None else sums, part, count,
-        launch.M, launch.N, launch.K, launch.BM, launch.BN, launch.BK, launch.SPLIT, launch.INT8,
-        residual is not None, sums is not None, **launch.options)
+        x, launch.weight, launch.scale, x, x, y, x, x, part, count, launch.M, launch.N, launch.K, launch.BM, launch.BN,
+        launch.BK, launch.SPLIT, launch.INT8, False, **launch.options)
     return y
 
 
-def swiglu_linear(x, sums, norm, eps, w, ctas=None):
-    """As swiglu_linear_ref, with sums as `linear` leaves them."""
+def add_linear(x, w, stream, norm, sums, ctas=None):
+    """As add_linear_ref."""
+    launch = Launch(x, w, ctas=ctas)
+    part, count = launch.scratch()
+    y, weighed = torch.empty_like(stream.x), torch.empty_like(stream.x)
+    linear_kernel[launch.grid](
+        x, launch.weight, launch.scale, stream.x, norm, y, weighed, sums, part, count, launch.M, launch.N, launch.K,
+        launch.BM, launch.BN, launch.BK, launch.SPLIT, launch.INT8, True, **launch.options)
+    return Stream(y, weighed, sums)
+
+
+def swiglu_linear(stream, norm, eps, w, ctas=None):
+    """As swiglu_linear_ref; the norm's weight is in stream.weighed."""
+    x = stream.weighed
     launch = Launch(x, w, ctas=ctas)
     y = torch.empty(*x.shape[:-1], launch.N // 2, device=x.device, dtype=x.dtype)
     swiglu_kernel[launch.grid](
-        x, sums, norm, eps, launch.weight, launch.scale, y, launch.M, launch.N, launch.K, launch.BM, launch.BN, launch.BK,
+        x, stream.sums, eps, launch.weight, launch.scale, y, launch.M, launch.N, launch.K, launch.BM, launch.BN, launch.BK,
         launch.INT8, **launch.options)
     return y
 
 
-def qkv_rope(x, sums, norm, eps, w, cos, sin, slots, k_cache, v_cache, ctas=None):
-    """As qkv_rope_ref, with sums as `linear` leaves them."""
+def qkv_rope(stream, norm, eps, w, cos, sin, slots, k_cache, v_cache, ctas=None):
+    """As qkv_rope_ref; the norm's weight is in stream.weighed."""
+    x = stream.weighed
     B, T, _ = x.shape
     _, KV, _, D = k_cache.shape
     launch = Launch(x, w, most=D, ctas=ctas)
@@ -271,7 +293,7 @@ def qkv_rope(x, sums, norm, eps, w, cos, sin, slots, k_cache, v_cache, ctas=None
     assert k_cache.stride() == v_cache.stride() and k_cache.stride()[2:] == (D, 1)
     q = torch.empty(B, T, H, D, device=x.device, dtype=x.dtype)
     qkv_kernel[launch.grid](
-        x, sums, norm, eps, launch.weight, launch.scale, cos, sin, slots.contiguous(), q, k_cache, v_cache, launch.M, T, H,
+        x, stream.sums, eps, launch.weight, launch.scale, cos, sin, slots.contiguous(), q, k_cache, v_cache, launch.M, T, H,
         KV, k_cache.stride(0), k_cache.stride(1), launch.K, D, launch.BM, launch.BN, launch.BK, launch.INT8,
         **launch.options)
     return q

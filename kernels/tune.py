@@ -15,7 +15,7 @@ import torch
 from kernels import launch
 from kernels.head import best
 from kernels.launch import Blocks, Int8Weight
-from kernels.linear import linear, qkv_rope, swiglu_linear
+from kernels.linear import Stream, add_linear, qkv_rope, swiglu_linear
 from shapes import SHAPES
 
 L2_BYTES = 300e6        # weights to rotate over: several times any L2 cache
@@ -50,18 +50,19 @@ def workload(op, N, K, head_dim, kv, rows, int8, copies):
     x, norm = torch.randn(1, rows, K, device=device, dtype=dtype), torch.ones(K, device=device, dtype=dtype)
     weights = [torch.randn(N, K, device=device, dtype=dtype) * K ** -0.5 for _ in range(copies)]
     weights = [Int8Weight.of(w) for w in weights] if int8 else weights
-    sums = (x.float().pow(2).sum(-1) * 2.0 ** 28).to(torch.int64)
+    stream = Stream(x, x, (x.float().pow(2).sum(-1) * 2.0 ** 28).to(torch.int64))
     if op == "qkv":
         cos = sin = torch.rand(1, rows, head_dim // 2, device=device)
         slots, cache = torch.arange(rows, device=device)[None], torch.zeros(1, kv, 256, head_dim, device=device, dtype=dtype)
-        return lambda i: qkv_rope(x, sums, norm, 1e-5, weights[i % copies], cos, sin, slots, cache, cache)
+        return lambda i: qkv_rope(stream, norm, 1e-5, weights[i % copies], cos, sin, slots, cache, cache)
     if op == "swiglu":
-        return lambda i: swiglu_linear(x, sums, norm, 1e-5, weights[i % copies])
+        return lambda i: swiglu_linear(stream, norm, 1e-5, weights[i % copies])
     if op == "best":
         seeds, positions = torch.zeros(1, device=device, dtype=torch.int64), torch.zeros(1, rows, device=device).long()
         return lambda i: best(x, weights[i % copies], 1, 0.0, seeds, 0, positions)
-    residual, out = torch.randn(1, rows, N, device=device, dtype=dtype), torch.zeros_like(sums)
-    return lambda i: linear(x, weights[i % copies], residual, out)
+    residual = Stream(torch.randn(1, rows, N, device=device, dtype=dtype), None, None)
+    norm, sums = torch.ones(N, device=device, dtype=dtype), torch.zeros_like(stream.sums)
+    return lambda i: add_linear(x, weights[i % copies], residual, norm, sums)
 
 
 def compile_one(job):

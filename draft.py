@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from graphs import Graphs, cross, on
+from graphs import FIRST, Graphs, cross, on
 from kernels.noise import DRAFT
 from layout import Layout
 from model import KVCache, prefill
@@ -114,7 +114,7 @@ class Drafter:
         if key not in self.layouts:
             with on(self.device):
                 layout = self.layouts[key] = Layout(tree, fan_out, self.device)
-                layout.graphs, layout.spec = Graphs(getattr(self.model, "graphs", False)), None
+                layout.graphs, layout.spec = Graphs(getattr(self.model, "graphs", False), FIRST), None
         self.layout = self.layouts[key]
         self.tree, self.width = tree, self.layout.width
 

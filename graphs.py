@@ -22,6 +22,9 @@ def cross(x, device):
     return type(x)(*(cross(part, device) for part in x))
 
 
+FIRST = -1              # priority of the draft's kernels: tiny and many, they must not queue behind the target's grids
+
+
 class Graphs:
     """Calls functions of tensors, by CUDA graph where `on`; one is recorded the second time it is asked for.
 
@@ -33,9 +36,12 @@ class Graphs:
     the results of another.
     """
 
-    def __init__(self, on):
-        # A stream of its own to record on, since libraries keep a workspace per stream, and graphs run side by side.
-        self.on, self.recorded, self.stream = on, {}, torch.cuda.Stream() if on else None
+    def __init__(self, on, priority=0):
+        """priority: of the kernels in the graphs; negative ones go first where two graphs wait for the same room."""
+        # A stream of its own to record on, since libraries keep a workspace per stream, and graphs run side by side; the
+        # priority of a recorded kernel is that of this stream, whichever stream the graph is launched on.
+        self.on, self.recorded = on, {}
+        self.stream = torch.cuda.Stream(priority=priority) if on else None
 
     def clear(self):
         """Forget all graphs: what their functions keep has moved."""
@@ -104,7 +110,7 @@ class Beside:
 
     def __enter__(self):
         if self.cuda:
-            self.stream = torch.cuda.Stream(self.device)
+            self.stream = torch.cuda.Stream(self.device, priority=FIRST)
         else:
             self.pool, self.threads = ThreadPoolExecutor(2), torch.get_num_threads()
         return self

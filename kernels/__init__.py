@@ -18,6 +18,7 @@ TORCH = SimpleNamespace(
     rms_norm=linear.rms_norm_ref, head=head.head_ref, best=head.best_ref, commit=commit.commit_ref, walk=accept.walk_ref)
 
 
+@functools.cache
 def triton_ops(ctas=None):
     """The kernels; ctas: the most programs a linear may launch (they then loop), to leave room for a model beside it."""
     few = lambda op: functools.partial(op, ctas=ctas)

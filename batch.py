@@ -55,7 +55,9 @@ class Options:
     def most_nodes(self):
         """Most nodes of a tree, its root included."""
         widths = self.widths()
-        return 1 + (widths if isinstance(widths, int) else sum(itertools.accumulate(widths, operator.mul)) if widths else self.k)
+        if isinstance(widths, list):
+            return 1 + sum(itertools.accumulate(widths, operator.mul))
+        return 1 + (widths or self.k)
 
     def widths(self):
         """The --tree option: None (chain), an int (nodes of the best tree) or a list (children per depth)."""
@@ -196,7 +198,8 @@ class Batch:
         """
         s, B = self.sampler, len(self.live)
         wanted = [(kind, model, -(-room // SLOTS) * SLOTS, *more) for kind, model, room, *more in wanted]
-        self.key = B, type(s), s.temperature, s.top_k, s.top_p, *((kind, *way(model), *more) for kind, model, *more in wanted)
+        parts = ((kind, *way(model), *more) for kind, model, *more in wanted)
+        self.key = B, type(s), s.temperature, s.top_k, s.top_p, *parts
         self.idle = wanted[0][1].__dict__.setdefault("idle", {})            # kept by the target model
         make = lambda: [kind(model, B, s, *more) for kind, model, *more in wanted]
         try:

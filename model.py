@@ -162,8 +162,7 @@ class KVCache:
 
     def clear(self):
         """Zero it: what an earlier text left may be NaN, and a masked NaN is still one."""
-        self.k.zero_()
-        self.v.zero_()
+        self.k.zero_(), self.v.zero_()
 
     def part(self, first, last):
         """The cache of sequences first..last-1: the same memory."""

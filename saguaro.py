@@ -16,13 +16,13 @@ import math
 import torch
 
 import kernels
-from batch import Batch, Chunk, Options, Stats, next_power_of_two  # noqa: F401 (Chunk, Options, Stats: callers need them)
+from batch import Batch, Chunk, Options, Stats, next_power_of_two  # noqa: F401 (for callers)
 from draft import Drafter, Verdict, path_slots
 from errors import UserError
 from graphs import Beside, Graphs, cross, on
 from kernels.noise import ACCEPT, TARGET
 from model import KVCache, prefill
-from sampling import Sampling, saguaro_probs  # noqa: F401 (what callers need, and the rest of the maths)
+from sampling import Sampling, saguaro_probs  # noqa: F401 (for callers, and the rest of the maths)
 from tree import Tree
 
 
@@ -209,9 +209,8 @@ class Target:
     def verify(self, tokens, q, tree):
         """One forward over the tree, the accept rule, and the commit of the accepted path.
 
-        tokens [B, M+1], q [B, M+1, V] or None, here or on the draft's device. Returns the Verdict and `report` [B, 2K+5],
-        what the host wants to know: the tokens of the path, its nodes, k, bonus, and 1 where a drafted token was there to
-        be rejected.
+        tokens [B, M+1], q [B, M+1, V] or None, here or on the draft's device. Returns the Verdict and `report` [B, 2K+5] for
+        the host: the tokens of the path, its nodes, k, bonus, and 1 where a drafted token was there to be rejected.
         """
         device = self.model.device
         with self.stats.span("verify", "target"), on(device):
@@ -314,7 +313,7 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
     drafter.plan(tree, fan)
     batch.prefilled()
     drafter.speculate()                                                 # round 1: the speculation cache is empty
-    glue, chunks = False, []
+    glue, chunks = False, None
     with Beside(draft_model.device) as beside:
         while True:
             drafted = beside.draft(drafter.precompute, glue)            # guess the outcomes, draft for each of them ...
@@ -327,7 +326,7 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
             chunks, hits = batch.finish_round(tree, drafter)
             if batch.read == 1:                                     # at once: the next round has graphs to record first
                 yield chunks
-                chunks = []
+                chunks = None
             if (rows := batch.drop_finished(target, drafter)) is not None:
                 if not rows:
                     break

@@ -36,4 +36,5 @@ def ops_for(tensor):
     return TRITON if tensor.is_cuda else TORCH
 
 
-__all__ = ["Ancestors", "MAX_BEST", "MAX_ROWS", "TORCH", "TRITON", "Int8Weight", "gumbel", "ops_for", "triton_ops", "uniform"]
+__all__ = ["Ancestors", "MAX_BEST", "MAX_ROWS", "TORCH", "TRITON", "Int8Weight", "gumbel", "ops_for", "triton_ops",
+           "uniform"]

@@ -162,8 +162,6 @@ def contestants_for(args, pair, group):
     """{label: contestant}: ar, sd and ssd, and what --tune (on a group of prompts), --sweep or --vs-transformers add."""
     make = lambda mode, options=None, ctas=None: Contestant(pair, mode, options, args.sampling, args.max_new_tokens, ctas)
     found = {"ar": make("ar")}
-    if pair.draft is None and (args.tune or args.sweep):
-        raise UserError("--tune and --sweep need a draft: give --draft DIR, --draft-shape SHAPE or --round-draft BITS")
     if pair.draft is not None:
         found |= {"sd": make("sd", args.options), "ssd": make("ssd", args.options, args.ctas)}
         for what, modes, field, values in (
@@ -358,6 +356,8 @@ def parse_flags(argv):
          "random models never agree: --draft-shape and --accept-rate go together"),
         (not args.target_shape and (args.accept_rate is not None or args.draft_shape and not args.predict),
          "--draft-shape and --accept-rate are for --target-shape; a real pair has an acceptance of its own"),
+        ((args.tune or args.sweep) and not (args.draft or args.round_draft or args.draft_shape) and (args.target or args.target_shape),
+         "--tune and --sweep need a draft: give --draft DIR, --round-draft BITS or --draft-shape SHAPE"),
         (args.accept_rate is not None and not 0 <= args.accept_rate < 1, "--accept-rate must lie in [0, 1)"),
         (args.draft and args.round_draft, "--draft or --round-draft, not both"),
         (sum(map(bool, work)) + (args.tune or args.vs_transformers or args.sweep != []) > 1 and any(work),

@@ -2,6 +2,7 @@
 import json
 import os
 import sys
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,14 +17,14 @@ SAMPLED_ROWS = 1024         # of the embedding, for a fingerprint: a large one w
 
 def fingerprint(model):
     """What tells weights from others of their shape: the bits of the embedding's first rows, the first and the last layer,
-    taken for whole numbers and summed up. The same on every device and in every order. Returns 8 hex digits."""
+    taken for whole numbers and summed up, as every device does in the same way. Returns 8 hex digits."""
     weights = [model.embed[:SAMPLED_ROWS]]
     for layer in (model.layers[0], model.layers[-1]):
         for weight in (layer.attn_norm, layer.wqkv, layer.wo, layer.mlp_norm, layer.w_gate_up, layer.w_down):
             weights += weight if isinstance(weight, Int8Weight) else [weight]
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32}
-    total = sum(int(weight.detach().view(whole[weight.element_size()]).sum()) for weight in weights)
-    return f"{total % 2 ** 32:08x}"
+    sums = [int(weight.view(whole[weight.element_size()]).sum()) for weight in weights]
+    return f"{zlib.crc32(repr(sums).encode()):08x}"
 
 
 def key(target_model, draft_model, batch):

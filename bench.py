@@ -321,7 +321,8 @@ def parse_flags(argv):
             ("--accept-rate", float, "X", None, "SYNTHETIC acceptance for --target-shape and --draft-shape"),
             ("--temperature", float, "T", 0.0, "0 is greedy"), ("--max-new-tokens", int, "N", 128, "in every sequence"),
             ("--batch", numbers, "N,N", [1], "sequences at once"),
-            ("--sequences", int, "N", 4, "prompts in a repeat, at least the batch"), ("--repeats", int, "N", None, "default: 5, on a CPU 3"),
+            ("--sequences", int, "N", 4, "prompts in a repeat, at least the batch"),
+            ("--repeats", int, "N", None, "default: 5, on a CPU 3"),
             ("--context", numbers, "N,N", None, "prompt tokens (default: prompts as they are, 128 random ones; 512 in steps)"),
             ("--rows", numbers, "N,N", [1, 8, 16, 32, 64], "tokens in a step, for --steps"),
             ("--k", int, "N", Options.k, "lookahead"), ("--tree", str, "TREE", None, "as in generate.py"),
@@ -343,9 +344,11 @@ def parse_flags(argv):
         add(flag, action="store_true", help=help)
     args = parser.parse_args(argv)
     shapes, work = args.target_shape and not args.predict, (args.steps, args.kernels, args.predict, args.speculation)
+    optional = args.repeats, args.round_draft, args.ctas
+    drafts = args.draft or args.round_draft or args.draft_shape or not (args.target or args.target_shape)
     for wrong, message in (
-        (min(*args.batch, *(args.context or [1]), *args.rows, args.repeats or 1, args.round_draft or 1, args.sequences,
-             args.ctas or 1) < 1, "--batch, --sequences, --context, --rows, --repeats, --round-draft and --ctas must be at least 1"),
+        (min(*args.batch, *(args.context or []), *args.rows, args.sequences, *(n for n in optional if n is not None)) < 1,
+         "--batch, --sequences, --context, --rows, --repeats, --round-draft and --ctas must be at least 1"),
         (max(args.rows) > 128, "--rows: a step takes at most 128 tokens"),
         (args.max_new_tokens < 32, f"--max-new-tokens must be at least 32 to be timed, got {args.max_new_tokens}"),
         (not 0 <= args.temperature < math.inf, f"--temperature must be at least 0, got {args.temperature}"),
@@ -356,16 +359,18 @@ def parse_flags(argv):
          "random models never agree: --draft-shape and --accept-rate go together"),
         (not args.target_shape and (args.accept_rate is not None or args.draft_shape and not args.predict),
          "--draft-shape and --accept-rate are for --target-shape; a real pair has an acceptance of its own"),
-        ((args.tune or args.sweep) and not (args.draft or args.round_draft or args.draft_shape) and (args.target or args.target_shape),
+        ((args.tune or args.sweep) and not drafts,
          "--tune and --sweep need a draft: give --draft DIR, --round-draft BITS or --draft-shape SHAPE"),
         (args.accept_rate is not None and not 0 <= args.accept_rate < 1, "--accept-rate must lie in [0, 1)"),
         (args.draft and args.round_draft, "--draft or --round-draft, not both"),
-        (sum(map(bool, work)) + (args.tune or args.vs_transformers or args.sweep != []) > 1 and any(work),
+        (any(work) and sum(map(bool, (*work, args.tune or args.vs_transformers or args.sweep))) > 1,
          "--steps, --kernels, --predict and --speculation are measured alone, without --tune, --sweep and --vs-transformers"),
         (args.vs_transformers and (args.batch != [1] or args.target_shape or args.draft_dtype),
          "--vs-transformers takes --batch 1 and a real pair, its draft not in int8"),
-        (args.plot and (args.steps or args.kernels), "--plot draws speeds, --predict and --speculation, not single steps or kernels"),
-        (any(path and not Path(path).parent.is_dir() for path in (args.json, args.plot)), "no such folder for --json or --plot"),
+        (args.plot and (args.steps or args.kernels),
+         "--plot draws speeds, --predict and --speculation, not single steps or kernels"),
+        (any(path and (not Path(path).parent.is_dir() or Path(path).is_dir()) for path in (args.json, args.plot)),
+         "--json and --plot need a file in a folder that is there"),
     ):
         if wrong:
             raise UserError(message)

@@ -201,7 +201,8 @@ def test_predict(capsys, tiny_shapes):
     (["--target-shape", "llama-3.2-1b", "--chat", "--prompts", "x"], "leave out"), (["--k", "0"], "--k"),
     (["--target-shape", "llama-3.1-8b", "--batch", "100000"], r"GB are needed.*lower --batch"), (["--batch", "a"], "--batch"),
     (["--context", "2000"], "context of 1024"), (["--sweep", "k", "--predict"], "alone"), (["--steps", "tiny", "--speculation"], "alone"),
-    (["--target-shape", "tiny", "--tune"], "need a draft")])
+    (["--target-shape", "tiny", "--tune"], "need a draft"),
+    (["--round-draft", "0"], "at least 1"), (["--json", "/"], "a file in a folder")])
 def test_bad_requests(flags, says, tiny_shapes):
     with pytest.raises(UserError, match=says) as error:
         bench.main([*flags, "--device", "cpu"])

@@ -1,4 +1,4 @@
-"""What bench.py and tune.py measure with: the machine's card, times of repeated runs, and single steps of a model at fixed shapes.
+"""What bench.py and tune.py measure with: times of repeated runs, the machine's card, single steps of a model at fixed shapes.
 
 Models to measure on have random weights: zeros draw less power and clock higher.
 """

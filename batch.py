@@ -1,5 +1,6 @@
 """Options, measurements and the bookkeeping of a batch: what the loops of saguaro.py need and the algorithm doesn't."""
 import contextlib
+import gc
 import itertools
 import operator
 import time
@@ -16,8 +17,8 @@ from timeline import Timeline
 
 MAX_NODES = MAX_ROWS - 1        # drafted tokens in a tree: with its root they still ride for free in a verify
 NOTHING = contextlib.nullcontext()
-ROOM = 512                      # cache slots come in multiples of it, so that requests of like length can share a side
-IDLE = 4                        # sides that a model keeps for later requests
+SLOTS = 512                     # cache slots come in multiples of it, so that requests of like length are of one kind
+IDLE = 4                        # requests whose sides a target model keeps for later ones
 MAX_BUDGET = 1024               # outcomes guessed per sequence and round; each costs a row in every forward of the draft
 
 
@@ -54,7 +55,9 @@ class Options:
     def most_nodes(self):
         """Most nodes of a tree, its root included."""
         widths = self.widths()
-        return 1 + (widths if isinstance(widths, int) else sum(itertools.accumulate(widths, operator.mul)) if widths else self.k)
+        if isinstance(widths, list):
+            return 1 + sum(itertools.accumulate(widths, operator.mul))
+        return 1 + (widths or self.k)
 
     def widths(self):
         """The --tree option: None (chain), an int (nodes of the best tree) or a list (children per depth)."""
@@ -75,7 +78,8 @@ class Stats:
     prefill_seconds: float = 0.0
     seconds: float = 0.0            # decoding: from the end of the prefill on
     tokens: int = 0                 # given out, i.e. cut at stop ids and budgets
-    rounds: int = 0
+    rounds: int = 0                 # read by the host
+    started: int = 0                # on a GPU, ar and sd start one more than they read
     sequence_rounds: int = 0
     accepted: int = 0               # drafted tokens that the target agreed with
     tested: int = 0                 # ... of those it looked at: the accepted ones, and one rejected if there was one
@@ -96,11 +100,11 @@ class Stats:
     acceptance_rate = property(lambda s: s.accepted / max(1, s.tested))
     hit_rate = property(lambda s: s.hits / max(1, s.lookups))
     all_hit_rate = property(lambda s: s.batch_hits / max(1, s.batch_lookups))
-    forwards_per_round = property(lambda s: s.draft_forwards / max(1, s.rounds))
+    forwards_per_round = property(lambda s: s.draft_forwards / max(1, s.started))
 
-    def span(self, name, lane):
-        """A context that marks what runs in it on the timeline, if there is one."""
-        return NOTHING if self.timeline is None else self.timeline.span(name, lane, self.rounds)
+    def span(self, name, lane, round=None):
+        """A context that marks what runs in it on the timeline, if there is one; round: default the one being started."""
+        return NOTHING if self.timeline is None else self.timeline.span(name, lane, self.started if round is None else round)
 
     def summary(self):
         names = ("tokens", "rounds", "seconds", "prefill_seconds", "tokens_per_round", "acceptance_rate", "hit_rate",
@@ -175,34 +179,46 @@ class Batch:
         if draft is not None:
             check_vocabularies(target.config, draft.config)
         self.stats = Stats() if stats is None else stats
-        self.prompts, self.sides = prompts, []
+        self.prompts = prompts
         self.live, self.stop_ids, self.started = list(range(len(prompts))), set(stop_ids), time.perf_counter()
         self.length = max(len(prompt) + new for prompt, new in zip(prompts, self.left))
         self.sampler = Sampler(sampling, [sampling.seed] * len(prompts) if seeds is None else seeds, target.device)
         self.root = torch.tensor([prompt[-1] for prompt in prompts]).to(target.device)      # [B]
         self.sources = ["neural"] * len(prompts)    # where each sequence's speculation came from
         self.kind = None                            # SSD: "hit", or the backup that this round waited for
-        self.read_back, self.posted = ReadBack(depth=2), []
+        self.read_back, self.posted, self.read = ReadBack(depth=2), [], 0
+        self.replan_at = max(16, next_power_of_two(self.stats.rounds))      # see saguaro.time_to_replan
         self.ahead = 1 if target.device.type == "cuda" else 0       # rounds that may run before their predecessor is read
 
-    def side(self, make, model, room, *more):
-        """A Target or a Drafter, started on this batch: the one that an earlier request of the same kind has left, since
-        that has its CUDA graphs, or make(model, batch size, sampler, room, *more)."""
-        room, s = -(-room // ROOM) * ROOM, self.sampler
-        key = make, len(self.live), room, type(s), s.temperature, s.top_k, s.top_p, *more
-        idle = model.__dict__.setdefault("idle", {})
-        side = idle.pop(key, None) or make(model, len(self.live), s, room, *more)
-        self.sides.append((idle, key, side))
-        side.start(self.prompts, s, self.stats)
-        return side
+    def sides(self, *wanted):
+        """Target and Drafter of a request, started: (kind, model, room, *more) each -> kind(model, B, sampler, room, *more).
+
+        If an earlier request of the same kind has left its sides they are taken, because they have CUDA graphs, and those
+        of a pair read each other's results: so they stay together.
+        """
+        s, B = self.sampler, len(self.live)
+        wanted = [(kind, model, -(-room // SLOTS) * SLOTS, *more) for kind, model, room, *more in wanted]
+        parts = ((kind, *way(model), *more) for kind, model, *more in wanted)
+        self.key = B, type(s), s.temperature, s.top_k, s.top_p, *parts
+        self.idle = wanted[0][1].__dict__.setdefault("idle", {})            # kept by the target model
+        make = lambda: [kind(model, B, s, *more) for kind, model, *more in wanted]
+        try:
+            self.pair = self.idle.pop(self.key, None) or make()
+        except torch.cuda.OutOfMemoryError:
+            self.idle.clear()
+            gc.collect()
+            self.pair = make()
+        for side in self.pair:
+            side.start(self.prompts, s, self.stats)
+        return self.pair
 
     def close(self):
         """Leave the sides to the next request, unless sequences have been dropped from them."""
-        for idle, key, side in self.sides:
-            if len(side.prefix_len) == len(self.prompts):
-                idle[key] = side
-            while len(idle) > IDLE:
-                idle.pop(next(iter(idle)))
+        self.posted.clear()                                         # a round that ran ahead of the end
+        if all(len(side.prefix_len) == len(self.prompts) for side in self.pair):
+            self.idle[self.key] = self.pair
+        while len(self.idle) > IDLE:
+            self.idle.pop(next(iter(self.idle)))
 
     def prefilled(self):
         if self.root.is_cuda:
@@ -211,13 +227,19 @@ class Batch:
         self.stats.prefill_seconds += self.last - self.started
 
     def post(self, *tensors):
-        """Send a round's outcome on its way to the host: report [B, 2D+5] and, in SSD, found [B, 2]."""
+        """Send a round's outcome on its way to the host: report [B, 2K+5] and, in SSD, found [B, 2]."""
+        self.stats.started += 1
         self.posted.append(self.read_back.post(*(cross(x, tensors[0].device) for x in tensors)))
 
-    def outcomes(self, tree, ahead=None):
-        """Yield the chunks of the rounds that are due: all but `ahead`, or all as soon as some sequence has ended."""
-        while len(self.posted) > (self.ahead if ahead is None and all(self.left) else 0):
+    def outcomes(self, tree, drain=False):
+        """Yield the chunks of the rounds that are due: all but those that may run ahead, or with `drain` all.
+
+        The first round is always due: the second takes long to start, as its graphs are recorded then.
+        """
+        while len(self.posted) > (self.ahead if self.read and all(self.left) and not drain else 0):
             chunks, _ = self.finish_round(tree)
+            if not any(self.left):
+                self.close()
             if chunks:
                 yield chunks
 
@@ -226,8 +248,9 @@ class Batch:
 
         Returns (chunks, whether each sequence hit). drafter: SSD's, whose guesses are counted.
         """
-        stats, D = self.stats, tree.depth
-        with stats.span("read-back", "host"):
+        stats, K = self.stats, tree.depth
+        self.read += 1
+        with stats.span("read-back", "host", stats.rounds):
             report, found = (*self.posted.pop(0)(), None)[:2]
         chunks, hits, lookups = [], [], []
         for row, line in enumerate(report):
@@ -235,7 +258,7 @@ class Batch:
             hits.append(bool(hit))
             if not self.left[row]:                  # ended in the round before, when this one ran already
                 continue
-            drafted, path, (k, bonus, rejected_one) = line[1:D + 1], line[D + 1:2 * D + 2], line[2 * D + 2:]
+            drafted, path, (k, bonus, rejected_one) = line[1:K + 1], line[K + 1:2 * K + 2], line[2 * K + 2:]
             new, node, source = drafted[:k] + [bonus], path[k], self.sources[row]
             cut = next((j + 1 for j, token in enumerate(new) if token in self.stop_ids), len(new))
             cut = min(cut, self.left[row])
@@ -291,6 +314,16 @@ class Batch:
             for part in (self.sampler, *parts):
                 part.keep(rows)
         return rows
+
+
+def next_power_of_two(n):
+    return 1 << n.bit_length()
+
+
+def way(model):
+    """What a recorded graph of a model depends on: the model, its ops, whether there are graphs, the kind of its weights."""
+    get = lambda name: getattr(model, name, None)
+    return id(model), id(get("ops")), get("graphs"), get("dtype"), type(get("head"))
 
 
 def check_vocabularies(target, draft):

@@ -1,4 +1,4 @@
-"""Learn a byte-level BPE vocabulary and write it as a tokenizer.json that tokenizer.py, transformers and tiktoken agree on."""
+"""Learn a byte-level BPE vocabulary and write it as a tokenizer.json on which all readers agree."""
 import json
 import re
 from collections import Counter, defaultdict

@@ -267,7 +267,8 @@ def sampled_rows(args, target, tokenizer, stop_ids):
     else:
         prompts = free_prompts(target, tokenizer, [""] * count, args.seed, chat=args.chat, **room)
         if args.chat:
-            prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in dict.fromkeys(prompts) if text.strip()]
+            turns = (text for text in dict.fromkeys(prompts) if text.strip())
+            prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in turns]
     prompts = [prompt for prompt in prompts if len(prompt) + args.max_new <= target.config.max_context]
     if len(prompts) <= HELD_OUT:
         raise UserError(f"{len(prompts)} prompts that fit the context are too few: the first {HELD_OUT} are held out "

@@ -10,8 +10,9 @@ on that, the draft guesses N outcomes and drafts a whole new speculation for eac
     cache slots of a sequence | committed prefix | trunk: M+1 nodes | branch 0: M+1 nodes | ... | branch N-1 |
                                                  ^ prefix_len
 
-Shapes: B sequences, M+1 tree nodes, D tree depth, N branches, F guesses per node, V vocabulary.
+Shapes: B sequences, M+1 tree nodes, K tree depth, N branches, F guesses per node, V vocabulary.
 """
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ class Speculation(NamedTuple):
 
 class Verdict(NamedTuple):
     """How a verification ended: the outcome is (path[:, -1], bonus)."""
-    path: torch.Tensor                      # [B, D+1] accepted nodes, root first, the last one repeated
+    path: torch.Tensor                      # [B, K+1] accepted nodes, root first, the last one repeated
     length: torch.Tensor                    # [B] k: how many of them follow the root
     bonus: torch.Tensor                     # [B] t*: the target's own next token
 
@@ -74,6 +75,17 @@ def prompt_lookup(history, length, depth, n=2):
     return torch.where(known, history.gather(1, index.clamp(0, history.shape[1] - 1)), -1)
 
 
+@dataclass
+class Drafting:
+    """One plan of a Drafter at work."""
+    layout: Layout
+    graphs: Graphs
+    spec: Speculation | None = None         # of this round; its place never moves
+
+
+PLANS = 8               # a Drafter keeps so many of them, with their graphs
+
+
 class Drafter:
     """The draft model with its KV cache for B sequences, drafting speculations over a fixed tree."""
 
@@ -84,7 +96,7 @@ class Drafter:
         self.cache = KVCache(model.config, batch_size, room, model.device, model.dtype)
         new = lambda *shape: torch.zeros(shape, dtype=torch.int64, device=model.device)
         self.prefix_len, self.history = new(batch_size), new(batch_size, room)      # history: the text so far, target ids
-        self.layouts = {}                                                   # (tree, fan-out) -> Layout, graphs, speculation
+        self.drafting = {}                                                  # (tree, fan-out) -> Drafting, oldest first
         self.target_ids = model.d2t                                         # [V_draft] or None: ids are the target's
         if model.d2t is not None:
             self.draft_ids = new(model.config.target_vocab_size)
@@ -94,6 +106,7 @@ class Drafter:
         """Begin a request: prompts (lists of the target's token ids), a sampler with its seeds, the stats to count in."""
         self.stats = stats
         self.sampler.seeds.copy_(sampler.seeds)
+        self.cache.clear()
         history = torch.zeros(self.history.shape, dtype=torch.int64)
         for row, prompt in zip(history, prompts):
             row[:len(prompt)] = torch.tensor(prompt)
@@ -111,22 +124,25 @@ class Drafter:
     def plan(self, tree, fan_out):
         """Draft `tree` from now on. fan_out: F_node for each of its nodes, None where only speculations are wanted (SD)."""
         key = tree, tuple(fan_out or ())
-        if key not in self.layouts:
+        drafting = self.drafting.pop(key, None)
+        if drafting is None:
             with on(self.device):
-                layout = self.layouts[key] = Layout(tree, fan_out, self.device)
-                layout.graphs, layout.spec = Graphs(getattr(self.model, "graphs", False)), None
-        self.layout = self.layouts[key]
-        self.tree, self.width = tree, self.layout.width
+                drafting = Drafting(Layout(tree, fan_out, self.device), Graphs(getattr(self.model, "graphs", False)))
+        self.drafting[key] = self.now = drafting                            # the newest stands last
+        if len(self.drafting) > PLANS:
+            self.drafting.pop(next(iter(self.drafting)))
+        self.layout = drafting.layout
+        self.tree, self.width = self.layout.tree, self.layout.width         # not `tree`, which is only an equal one
 
     @property
     def spec(self):
         """The Speculation of this round."""
-        return self.layout.spec
+        return self.now.spec
 
     def run(self, name, step, *args):
         """Run a step on the draft's device, where its arguments are, as a span of that name."""
         with self.stats.span(name, "draft"), on(self.device):
-            return self.layout.graphs(step, *args)
+            return self.now.graphs(step, *args)
 
     # -- one forward --------------------------------------------------------------------------------------------------
 
@@ -232,14 +248,14 @@ class Drafter:
     def store(self, new, keep=None):
         """Make `new` the speculation of this round, except for the sequences `keep` [B] bool; its place never moves."""
         if self.spec is None:
-            self.layout.spec = new.map(torch.clone)
+            self.now.spec = new.map(torch.clone)
         elif keep is None:
             self.spec.map(lambda old, x: old.copy_(x), new)
         else:
             self.spec.map(lambda old, x: old.copy_(torch.where(keep.view(-1, *[1] * (x.dim() - 1)), old, x)), new)
 
     def precompute(self, glue=False):
-        """While the target verifies self.spec: guess the outcomes and draft a speculation for each, D + 1 forwards.
+        """While the target verifies self.spec: guess the outcomes and draft a speculation for each, K + 1 forwards.
 
         The first forward feeds the deepest nodes, the only ones drafting hasn't fed, so that outcomes behind them can
         be guessed too. glue: feed every node instead, because some speculation wasn't drafted by this model.
@@ -293,7 +309,7 @@ class Drafter:
     def fall_back(self, backup, found):
         """Give the sequences that missed a speculation; the others keep theirs. found: what `switch` returned.
 
-        backup: "neural" drafts it with the model, D forwards that everybody waits for; "fast" looks the last tokens up
+        backup: "neural" drafts it with the model, K forwards that everybody waits for; "fast" looks the last tokens up
         in the text so far and proposes what followed there, or nothing.
         """
         self.stats.draft_forwards += self.tree.depth if backup == "neural" else 0
@@ -318,13 +334,13 @@ class Drafter:
         self.sampler.keep(rows)
         self.cache.keep(rows)
         self.prefix_len, self.history = self.prefix_len[rows], self.history[rows]
-        self.layouts = {key: layout for key, layout in self.layouts.items() if layout is self.layout}
-        self.layout.graphs.clear()
-        self.layout.spec = self.spec.map(lambda x: x[rows])
+        self.drafting = {key: drafting for key, drafting in self.drafting.items() if drafting is self.now}
+        self.now.graphs.clear()
+        self.now.spec = self.spec.map(lambda x: x[rows])
 
 
 def path_slots(prefix_len, verdict):
-    """Where an accepted path lies and where it goes: src, dst [B, D+1]. Entries behind its end copy the root onto itself."""
+    """Where an accepted path lies and where it goes: src, dst [B, K+1]. Entries behind its end copy the root onto itself."""
     start, i = prefix_len[:, None], torch.arange(verdict.path.shape[1], device=prefix_len.device)
     live = i <= verdict.length[:, None]
     return torch.where(live, start + verdict.path, start), torch.where(live, start + i, start)

@@ -22,6 +22,9 @@ def cross(x, device):
     return type(x)(*(cross(part, device) for part in x))
 
 
+MOST = 24               # graphs that a side keeps: a verify for each tree, a few for each way to draft
+
+
 class Graphs:
     """Calls functions of tensors, by CUDA graph where `on`; one is recorded the second time it is asked for.
 
@@ -46,9 +49,14 @@ class Graphs:
             return f(*args)
         leaves = pytree.tree_leaves(args)
         key = (f.__func__, *(tuple(x.shape) if torch.is_tensor(x) else x for x in leaves))
-        if key not in self.recorded:            # the first time as it is: that compiles the kernels
-            self.recorded[key] = None
-            return f(*args)
+        if key not in self.recorded:            # the first time as it is, but on the stream that will record: that compiles
+            self.recorded[key] = None           # the kernels and makes what they keep for each stream
+            current = torch.cuda.current_stream()
+            self.stream.wait_stream(current)
+            with torch.cuda.stream(self.stream):
+                results = f(*args)
+            current.wait_stream(self.stream)
+            return results
         if self.recorded[key] is None:
             graph = torch.cuda.CUDAGraph()      # begun by hand: torch.cuda.graph would stop the world and collect garbage
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -59,6 +67,8 @@ class Graphs:
                 finally:
                     graph.capture_end()
             self.recorded[key] = graph, leaves, results
+            if len(self.recorded) > MOST:
+                self.recorded.pop(next(iter(self.recorded)))
         graph, recorded, results = self.recorded[key]
         for fixed, x in zip(recorded, leaves):
             if torch.is_tensor(x) and (x.data_ptr() != fixed.data_ptr() or x.stride() != fixed.stride()):
@@ -86,9 +96,10 @@ class ReadBack:
         if key not in self.buffers:
             self.buffers[key] = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors], torch.cuda.Event()
         copies, event = self.buffers[key]
-        for copy, x in zip(copies, tensors):
-            copy.copy_(x, non_blocking=True)
-        event.record()
+        with on(tensors[0].device):
+            for copy, x in zip(copies, tensors):
+                copy.copy_(x, non_blocking=True)
+            event.record()
 
         def wait():
             event.synchronize()
@@ -97,7 +108,7 @@ class ReadBack:
 
 
 class Beside:
-    """Runs both sides at once: on two streams of a GPU, in two worker threads of a CPU. The caller's thread stays free."""
+    """Runs both sides at once: on two streams of a GPU, in two worker threads of a CPU."""
 
     def __init__(self, device):
         self.device, self.cuda = device, device.type == "cuda"

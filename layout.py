@@ -47,7 +47,7 @@ class Layout:
             self.branches = self.levels(tree.size, tree.mask[self.nodes])
 
     def levels(self, base, sees):
-        """Plan the D forwards that draft R trees into slots base.. ; sees [R, base]: the trunk slots above each root."""
+        """Plan the K forwards that draft R trees into slots base.. ; sees [R, base]: the trunk slots above each root."""
         tree, R, device = self.tree, len(sees), sees.device
         own = torch.eye(R, dtype=torch.bool, device=device)[:, None, :, None]                   # [R, 1, R, 1]
         tensor = lambda x: torch.tensor(x, device=device)

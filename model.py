@@ -160,6 +160,10 @@ class KVCache:
 
     capacity = property(lambda self: self.k.shape[3])
 
+    def clear(self):
+        """Zero it: what an earlier text left may be NaN, and a masked NaN is still one."""
+        self.k.zero_(), self.v.zero_()
+
     def part(self, first, last):
         """The cache of sequences first..last-1: the same memory."""
         part = object.__new__(KVCache)
@@ -260,7 +264,6 @@ class Llama(nn.Module):
         plain = ops == "torch" or ops is None and self.ops is kernels.TORCH
         self.ops = kernels.TORCH if plain else kernels.triton_ops(ctas)
         self.graphs = self.graphs if graphs is None else graphs
-        self.idle = {}              # see Batch.side: recorded graphs run as the model did
         return self
 
     def to_int8(self):
@@ -274,7 +277,6 @@ class Llama(nn.Module):
                 weight = getattr(module, name)
                 delattr(module, name)                   # a parameter's place only takes parameters
                 setattr(module, name, kernels.Int8Weight.of(weight))
-        self.idle = {}
         return self
 
     # -- checkpoints --------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ def padded_config(small, shape):
     """The config of `small` in `shape` (a LlamaConfig whose sizes count). Raises UserError if it can't be embedded."""
     for name in ("vocab_size", "dim", "n_layers", "head_dim", "ffn_dim"):
         if getattr(shape, name) < getattr(small, name) + (name == "dim"):
-            raise UserError(f"the model doesn't fit into that shape: {name} {getattr(small, name)} against {getattr(shape, name)}")
+            raise UserError(f"the model doesn't fit into that shape: {name} {getattr(small, name)} "
+                            f"against {getattr(shape, name)}")
     if shape.n_kv_heads < small.n_kv_heads * copies(small, shape):
         raise UserError(f"the model doesn't fit into that shape: {small.n_heads} heads over {small.n_kv_heads} KV heads "
                         f"against {shape.n_heads} over {shape.n_kv_heads}")
@@ -92,7 +93,7 @@ def pad(small, shape, seed=0, device=None, dtype=None):
         old = small.layers[i]
         layer.attn_norm[:d], layer.mlp_norm[:d] = to(old.attn_norm * shrink), to(old.mlp_norm * shrink)
         q, k, v = old.wqkv.split([n * s.head_dim for n in (s.n_heads, s.n_kv_heads, s.n_kv_heads)])
-        layer.wqkv[:c.n_heads * c.head_dim].view(c.n_heads, c.head_dim, -1)[heads] = 0      # whatever the key's new dims hold
+        layer.wqkv[:c.n_heads * c.head_dim].view(c.n_heads, c.head_dim, -1)[heads] = 0      # whatever the key holds
         layer.wqkv[q_rows, :d] = to(q * (c.head_dim / s.head_dim) ** 0.5)           # scores are divided by sqrt(head_dim)
         layer.wqkv[k_rows, :d], layer.wqkv[v_rows, :d] = repeat(k), repeat(v)
         layer.wo[:d, q_rows] = to(old.wo)

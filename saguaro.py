@@ -9,20 +9,20 @@ drafts just in time. The output is the target's own in all three.
 The algorithm is Saguaro: Kumar, Dao, May, "Speculative Speculative Decoding", arXiv 2603.03251 (2026). Token trees are
 those of SpecInfer (Miao et al. 2024) and Sequoia (Chen et al. 2024).
 
-Shapes: B sequences, M+1 nodes of a speculation (node 0 the root), D its depth (K for a chain), V vocabulary.
+Shapes: B sequences, M+1 nodes of a speculation (node 0 the root), K its depth (the lookahead of a chain), V vocabulary.
 """
 import math
 
 import torch
 
 import kernels
-from batch import Batch, Chunk, Options, Stats  # noqa: F401 (Chunk, Options, Stats: what callers need)
-from draft import Drafter, Speculation, Verdict, path_slots
+from batch import Batch, Chunk, Options, Stats, next_power_of_two  # noqa: F401 (for callers)
+from draft import Drafter, Verdict, path_slots
 from errors import UserError
-from graphs import Beside, Graphs, cross
+from graphs import Beside, Graphs, cross, on
 from kernels.noise import ACCEPT, TARGET
 from model import KVCache, prefill
-from sampling import Sampling, saguaro_probs  # noqa: F401 (what callers need, and the rest of the maths)
+from sampling import Sampling, saguaro_probs  # noqa: F401 (for callers, and the rest of the maths)
 from tree import Tree
 
 
@@ -68,8 +68,8 @@ def accept_residual(tokens, tree, p, q, coins, noise):
     At each node test its children in the order they were drawn: accept x with probability min(1, p(x) / q(x)); after a
     rejection p becomes the residual max(p - q, 0), normalised, and q loses x. Where all are rejected, or nothing was
     drafted, the bonus token is sampled from what p has become.
-    tokens [B, M+1]; p, q [B, M+1, V] target and draft distributions after each node; coins [B, D, C] uniform, one for
-    each test; noise [B, D+1, V] Gumbel noise for the bonus at each depth. Returns a Verdict.
+    tokens [B, M+1]; p, q [B, M+1, V] target and draft distributions after each node; coins [B, K, C] uniform, one for
+    each test; noise [B, K+1, V] Gumbel noise for the bonus at each depth. Returns a Verdict.
     """
     batch = torch.arange(len(tokens), device=tokens.device)
     node = torch.zeros_like(batch)
@@ -162,10 +162,12 @@ def make_plan(options, stats, draft_model, old=None):
     return tree, fan
 
 
-def time_to_replan(options, stats):
+def time_to_replan(options, batch):
     """Measured trees and fan-outs are renewed at rounds 16, 32, 64, ...: often while little is known."""
-    n = stats.rounds
-    return n >= 16 and n & (n - 1) == 0 and (options.fanout != "uniform" or isinstance(options.widths(), int))
+    if batch.stats.rounds < batch.replan_at:
+        return False
+    batch.replan_at = next_power_of_two(batch.stats.rounds)
+    return options.fanout != "uniform" or isinstance(options.widths(), int)
 
 
 def choose_backup(options, stats, batch_size):
@@ -191,7 +193,8 @@ class Target:
     def __init__(self, model, batch_size, sampler, room, residual=False):
         """room: cache slots for prompt, new tokens and speculation. Not ready before `start`."""
         self.model, self.sampler, self.residual = model, sampler.on(model.device), residual
-        self.graphs = Graphs(getattr(model, "graphs", False))
+        with on(model.device):
+            self.graphs = Graphs(getattr(model, "graphs", False))
         self.cache = KVCache(model.config, batch_size, room, model.device, model.dtype)
         self.prefix_len = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
 
@@ -199,17 +202,18 @@ class Target:
         """Begin a request: prompts (lists of token ids), a sampler with its seeds, the stats to count in."""
         self.stats = stats
         self.sampler.seeds.copy_(sampler.seeds)
-        self.prefix_len.copy_(prefill(self.model, self.cache, prompts))
+        self.cache.clear()
+        with on(self.model.device):
+            self.prefix_len.copy_(prefill(self.model, self.cache, prompts))
 
     def verify(self, tokens, q, tree):
         """One forward over the tree, the accept rule, and the commit of the accepted path.
 
-        tokens [B, M+1], q [B, M+1, V] or None, here or on the draft's device. Returns the Verdict and `report` [B, 2D+5],
-        what the host wants to know: the tokens of the path, its nodes, k, bonus, and 1 where a drafted token was there to
-        be rejected.
+        tokens [B, M+1], q [B, M+1, V] or None, here or on the draft's device. Returns the Verdict and `report` [B, 2K+5] for
+        the host: the tokens of the path, its nodes, k, bonus, and 1 where a drafted token was there to be rejected.
         """
         device = self.model.device
-        with self.stats.span("verify", "target"):
+        with self.stats.span("verify", "target"), on(device):
             return self.graphs(self._verify, cross(tokens, device), cross(q, device), tree.on(device))
 
     def _verify(self, tokens, q, tree):
@@ -255,7 +259,7 @@ def autoregressive(target_model, prompts, max_new_tokens, sampling, stop_ids=(),
     """One token a round: verify a speculation that is nothing but its root."""
     batch = Batch(target_model, prompts, max_new_tokens, sampling, stop_ids, seeds, stats)
     tree = Tree.chain(0, target_model.device)
-    target = batch.side(Target, target_model, batch.length + 2)
+    target, = batch.sides((Target, target_model, batch.length + 2))
     root = batch.root
     batch.prefilled()
     while batch.live:
@@ -265,7 +269,6 @@ def autoregressive(target_model, prompts, max_new_tokens, sampling, stop_ids=(),
         yield from batch.outcomes(tree)
         if (rows := batch.drop_finished(target)) is not None:
             root = root[rows]
-    batch.close()
 
 
 @torch.inference_mode()
@@ -275,8 +278,8 @@ def sd(target_model, draft_model, prompts, max_new_tokens, sampling, options, st
     batch = Batch(target_model, prompts, max_new_tokens, sampling, stop_ids, seeds, stats, draft_model)
     tree, fan = make_plan(options, batch.stats, draft_model)             # fan is for SSD
     room = batch.length + 3 * options.most_nodes()                      # two rounds that overshoot, and the trunk
-    target = batch.side(Target, target_model, room, options.residual(batch.sampler))
-    drafter = batch.side(Drafter, draft_model, room, options)
+    target, drafter = batch.sides((Target, target_model, room, options.residual(batch.sampler)),
+                                  (Drafter, draft_model, room, options))
     drafter.plan(tree, None)
     batch.prefilled()
     refeed = False                  # a fully accepted speculation ends in a token that the draft has never seen
@@ -288,14 +291,13 @@ def sd(target_model, draft_model, prompts, max_new_tokens, sampling, options, st
         refeed = True
         yield from batch.outcomes(tree)
         batch.drop_finished(target, drafter)
-        if time_to_replan(options, batch.stats):
-            yield from batch.outcomes(tree, ahead=0)
+        if time_to_replan(options, batch):
+            yield from batch.outcomes(tree, drain=True)
             batch.drop_finished(target, drafter)
             old, (tree, fan) = tree, make_plan(options, batch.stats, draft_model, (tree, fan))
             if tree is not old:
                 batch.stats.stops.clear()
                 drafter.plan(tree, None)
-    batch.close()
 
 
 @torch.inference_mode()
@@ -306,12 +308,12 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
     tree, fan = make_plan(options, batch.stats, draft_model)
     nodes = options.most_nodes()
     room = batch.length + nodes * (options.fanout_budget + 2)           # an overshoot, the trunk and the branches
-    target = batch.side(Target, target_model, batch.length + 2 * nodes, options.residual(batch.sampler))
-    drafter = batch.side(Drafter, draft_model, room, options)
+    target, drafter = batch.sides((Target, target_model, batch.length + 2 * nodes, options.residual(batch.sampler)),
+                                  (Drafter, draft_model, room, options))
     drafter.plan(tree, fan)
     batch.prefilled()
     drafter.speculate()                                                 # round 1: the speculation cache is empty
-    glue, chunks = False, []
+    glue, chunks = False, None
     with Beside(draft_model.device) as beside:
         while True:
             drafted = beside.draft(drafter.precompute, glue)            # guess the outcomes, draft for each of them ...
@@ -322,13 +324,16 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
             found = drafter.switch(verdict, drafted())
             batch.post(report, found)
             chunks, hits = batch.finish_round(tree, drafter)
+            if batch.read == 1:                                     # at once: the next round has graphs to record first
+                yield chunks
+                chunks = None
             if (rows := batch.drop_finished(target, drafter)) is not None:
                 if not rows:
                     break
                 found, hits = found[rows], [hits[row] for row in rows]
             backup = choose_backup(options, batch.stats, len(batch.live))
             plan = old = tree, fan
-            if time_to_replan(options, batch.stats):
+            if time_to_replan(options, batch):
                 plan = make_plan(options, batch.stats, draft_model, old)
             if plan != old:                                             # what was drafted for the old plan is void
                 tree, fan = plan
@@ -341,4 +346,5 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
             glue = not all(hits) and backup == "fast"
             batch.start_round(hits, backup)
     batch.close()
-    yield chunks
+    if chunks:
+        yield chunks

@@ -66,7 +66,7 @@ class Sampler:
     def on(self, device):
         """A sampler of its own on `device`, with the same seeds."""
         other = copy.copy(self)
-        other.seeds = cross(self.seeds, device)
+        other.seeds = cross(self.seeds, device).clone()
         return other
 
     def keep(self, rows):

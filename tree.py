@@ -37,6 +37,8 @@ class Tree:
         self.copies = {self.mask.device: self}                              # this tree, device by device
 
     def __eq__(self, other):
+        if not isinstance(other, Tree):
+            return NotImplemented
         return self.parents == other.parents and self.mask.device == other.mask.device
 
     def __hash__(self):
@@ -46,6 +48,7 @@ class Tree:
         """This tree with its constants on `device`: the same object each time."""
         if device not in self.copies:
             self.copies[device] = Tree(self.parents, device)
+            self.copies[device].copies = self.copies
         return self.copies[device]
 
     @classmethod

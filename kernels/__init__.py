@@ -18,6 +18,7 @@ TORCH = SimpleNamespace(
     rms_norm=linear.rms_norm_ref, head=head.head_ref, best=head.best_ref, commit=commit.commit_ref, walk=accept.walk_ref)
 
 
+@functools.cache
 def triton_ops(ctas=None):
     """The kernels; ctas: the most programs a linear may launch (they then loop), to leave room for a model beside it."""
     few = lambda op: functools.partial(op, ctas=ctas)
@@ -35,4 +36,5 @@ def ops_for(tensor):
     return TRITON if tensor.is_cuda else TORCH
 
 
-__all__ = ["Ancestors", "MAX_BEST", "MAX_ROWS", "TORCH", "TRITON", "Int8Weight", "gumbel", "ops_for", "triton_ops", "uniform"]
+__all__ = ["Ancestors", "MAX_BEST", "MAX_ROWS", "TORCH", "TRITON", "Int8Weight", "gumbel", "ops_for", "triton_ops",
+           "uniform"]

@@ -54,7 +54,7 @@ SM90 = {
 }
 
 
-# More than 16 rows: every program reads all of x, so its weight's rows must be many, or x is what moves most. Measured at 64.
+# More than 16 rows: every program reads all of x, so it needs many rows of the weight, or x is what moves. Measured at 64.
 SM90_WIDE = {
     (6144, 4096): Blocks(64, 64, 4, 4), (4096, 4096): Blocks(32, 128, 4, 4), (28672, 4096): Blocks(128, 64, 4, 4),
     (4096, 14336): Blocks(64, 128, 3, 4, 2), (128256, 4096): Blocks(64, 64, 4, 4),                      # Llama 3.1 8B

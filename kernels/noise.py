@@ -1,7 +1,7 @@
 """Counter-based random numbers: noise that is a pure function of (seed, stream, position, token id).
 
 Nothing is drawn in sequence, so the noise of a position is the same in a batch or alone, in ar, sd or ssd, for the
-target and for the draft. That is what couples the two (DESIGN of the `coupled` accept rule): the Gumbel-max trick makes
+target and for the draft. That is what couples the two (the `coupled` accept rule, see README): the Gumbel-max trick makes
 argmax(logits / T + g) an exact sample of softmax(logits / T), and a draft that adds the same g guesses that sample.
 """
 import torch

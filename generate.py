@@ -109,7 +109,7 @@ class Engine:
         self.options = Options(fanout=args.fanout, saguaro_c=args.saguaro_c, accept=args.accept, backup=args.backup,
                                **self.asked)
         self.options.check()
-        self.plans, self.ctas = {}, None        # mode -> tune.Plan, once `plan` has found some; CTA budget now in force
+        self.plans = {}                         # mode -> tune.Plan, once `plan` has found some
         self.timeline = Timeline(target=self.device, draft=self.draft_device) if args.trace or args.timeline else None
         self.configs = {name: LlamaConfig.from_folder(folder) for name, folder in self.folders.items()}
         if self.mode != "ar":
@@ -183,9 +183,7 @@ class Engine:
         options = self.options
         if plan := self.plans.get(mode):
             options = replace(options, k=plan.k, tree=plan.tree, fanout_budget=plan.fanout_budget)
-            if plan.ctas != self.ctas:          # else the graphs of earlier answers serve this one, too
-                self.models[0].run_with(ctas=plan.ctas)
-                self.ctas = plan.ctas
+            self.models[0].run_with(ctas=plan.ctas)
         models, options = (self.models[:1], ()) if mode == "ar" else (self.models, (options,))
         decoders = [self.tokenizer.stream() for _ in replies]
         prompts, start = [reply.prompt_ids for reply in replies], time.perf_counter()

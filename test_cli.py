@@ -19,7 +19,6 @@ import torch
 
 import generate
 import tune
-import tune_cache
 from model import Llama, LlamaConfig
 from tokenizer import Tokenizer
 
@@ -346,18 +345,6 @@ def test_tuned_choice_is_used(tuned, monkeypatch):
     assert answer["mode"] == "ssd" and err.count("\n") == 1
     expected = tune.choose(FIXED, tune.Stats(), SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(vocab_size=VOCAB)))
     assert (seen["ssd"].k, seen["ssd"].tree, seen["ssd"].fanout_budget) == expected["ssd"][:3] != (6, None, 16)
-
-
-@pytest.mark.parametrize("ctas", [None, 232])
-def test_tuned_answers_share_their_graphs(run, target, draft, tmp_path, monkeypatch, ctas):
-    """The target is told how to run when it is loaded, and again for another CTA budget only: that forgets its graphs."""
-    times, told, run_with = dataclasses.replace(FIXED, overlap=[[ctas, 1.0]]), [], Llama.run_with
-    times.verify = [[budget, n, seconds] for budget in {None, ctas} for _, n, seconds in FIXED.verify]
-    monkeypatch.setattr(tune_cache, "load", lambda *_: (times, tune.Stats()))
-    monkeypatch.setattr(Llama, "run_with", lambda self, *how, ctas=None: (told.append(ctas), run_with(self))[1])
-    path = write_rows(tmp_path / "rows.jsonl", *[{"prompt": text} for text in ("Once", "a", "b")])
-    assert run("--model", target, "--draft", draft, "--prompts", path, "--max-new-tokens", 8)[0] == 0
-    assert told == [None, None] + [ctas] * (ctas is not None)
 
 
 @pytest.mark.parametrize("flags", [("--k", 3), ("--tree", "3,1"), ("--fanout-budget", 5), ("--mode", "sd", "--k", 2)])

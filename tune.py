@@ -3,15 +3,15 @@
 A round of B sequences yields B E tokens, E the expected number of accepted tokens plus one, and takes
 
     ar     verify(1)                                                                                + extra_ar
-    sd     verify(M+1) + D forwards of the draft                                                    + extra_sd
-    ssd    together(verify(M+1), D+1 forwards with N branches) + (1 - p^B) D forwards of the backup  + extra_ssd
+    sd     verify(M+1) + K forwards of the draft                                                    + extra_sd
+    ssd    together(verify(M+1), K+1 forwards with N branches) + (1 - p^B) K forwards of the backup  + extra_ssd
 
 (Theorem 7 of the paper, in seconds). verify and forwards are measured for a few widths. together(a, b) is
 max(a, b) + (1 - e) min(a, b), where e, how much of the shorter one disappears beside the longer one, is measured once for each
 CTA budget of the target. extra, what rounds take beyond that, comes from a short run of each mode on the text at hand,
 and so does the acceptance of the draft's 1st, 2nd, ... choice, from which E and the hit rate p follow.
 
-Shapes: M+1 nodes of a tree (a chain of K: K+1), D its depth, N outcomes guessed.
+Shapes: M+1 nodes of a tree (a chain of K: K+1), K its depth, N outcomes guessed.
 """
 import time
 from dataclasses import dataclass, field, replace
@@ -53,11 +53,11 @@ class Times:
         return interpolate([(n, seconds) for budget, n, seconds in self.verify if budget == ctas], tokens)
 
     def draft_seconds(self, tree, branches=1):
-        """D forwards that draft `branches` trees side by side."""
+        """K forwards that draft `branches` trees side by side."""
         return sum(interpolate(self.draft, branches * len(level)) for level in tree.levels[:-1])
 
     def together_seconds(self, tree, branches, ctas=None):
-        """A round of SSD that hits: the forward over the leaves and D with all branches, beside the verify."""
+        """A round of SSD that hits: the forward over the leaves and K with all branches, beside the verify."""
         a = self.verify_seconds(tree.size, ctas)
         b = interpolate(self.draft, len(tree.levels[-1])) + self.draft_seconds(tree, branches)
         return max(a, b) + (1 - dict(self.overlap)[ctas]) * min(a, b)

@@ -186,9 +186,7 @@ def expected(tree, fan, accept):
 
     (On the embedded pair that is within .04 of measured hit rates, where F^-r, which a fan-out of 1 never satisfies, is not.)
     """
-    reach = [1.0] * tree.size
-    for node in range(1, tree.size):
-        reach[node] = reach[tree.parents[node]] * accept[tree.ranks[node]]
+    reach = tree.reach(accept)
     hit = sum(chance * sum(accept[n:n + f]) for chance, n, f in zip(reach, tree.n_children, fan))
     return sum(reach), min(1.0, hit)
 

@@ -216,6 +216,8 @@ class Batch:
         """Leave the sides to the next request, unless sequences have been dropped from them."""
         self.posted.clear()                                         # a round that ran ahead of the end
         if all(len(side.prefix_len) == len(self.prompts) for side in self.pair):
+            for side in self.pair:
+                side.cache.clear()
             self.idle[self.key] = self.pair
         while len(self.idle) > IDLE:
             self.idle.pop(next(iter(self.idle)))
@@ -311,7 +313,7 @@ class Batch:
         for name in ("left", "live", "sources"):
             setattr(self, name, [getattr(self, name)[row] for row in rows])
         if rows:
-            for part in (self.sampler, *parts):
+            for part in parts:
                 part.keep(rows)
         return rows
 

@@ -37,17 +37,17 @@ import torch.nn.functional as F
 from batch import Options, Stats
 from errors import UserError, exit_on_user_error
 from generate import MODES, WEIGHTS, FlagParser, find_device, peak_memory
-from kernels import tune
+from kernels import tune as linears
 from measure import report
 from measure.pairs import check_memory, lengthened, shape, shape_pair, synthetic, text_pair
 from measure.plot import plot
-from measure.predict import KS, predicted, predictions, target_steps
-from measure.timing import Step, card, cta_budgets, model_bytes, overlapped, random_cache, random_model, step_bytes
+from measure.predict import parts, predictions
+from measure.speculation import speculation
+from measure.timing import Step, card, model_bytes, random_cache, random_model, seconds_of, step_bytes
 from model import DTYPES, LlamaConfig
-from saguaro import sd, ssd
 from sampling import Sampling
 from shapes import SHAPES
-from tune import choose, describe, find
+from tune import choose, cta_budgets, describe, find
 
 COUNTED = "tokens", "seconds", "rounds", "sequence_rounds", "accepted", "tested", "hits", "lookups", "prefill_seconds"
 SETTLE = 3              # rounds at the start of a run that aren't timed: steps run uncompiled, then are recorded
@@ -165,7 +165,7 @@ def contestants_for(args, pair, group):
     if pair.draft is not None:
         found |= {"sd": make("sd", args.options), "ssd": make("ssd", args.options, args.ctas)}
         for what, modes, field, values in (
-                ("k", ("sd", "ssd"), "k", KS), ("fanout", ("ssd",), "fanout_budget", (4, 8, 16, 32, 64)),
+                ("k", ("sd", "ssd"), "k", (2, 3, 4, 6, 8, 10)), ("fanout", ("ssd",), "fanout_budget", (4, 8, 16, 32, 64)),
                 ("tree", ("sd", "ssd"), "tree", ("8", "16", "32", "64"))):
             for mode in modes if what in args.sweep else ():
                 for value in values:
@@ -177,24 +177,15 @@ def contestants_for(args, pair, group):
             plans = choose(times, stats, pair.draft, args.options)
             print(*describe(times, plans), sep="\n", flush=True)
             for mode in "sd", "ssd":
-                k, tree, budget, ctas, _ = plans[mode]
-                found[f"{mode}, tuned"] = make(mode, replace(args.options, k=k, tree=tree, fanout_budget=budget), ctas)
-        for ctas in (None, *cta_budgets(args.device)) if "cta" in args.sweep else ():
+                plan = plans[mode]
+                options = replace(args.options, k=plan.k, tree=plan.tree, fanout_budget=plan.fanout_budget)
+                found[f"{mode}, tuned"] = make(mode, options, plan.ctas)
+        for ctas in (None, *cta_budgets(pair.target)) if "cta" in args.sweep else ():
             found[f"ssd, {'full grid' if ctas is None else f'{ctas} CTAs'}"] = make("ssd", args.options, ctas)
     if args.vs_transformers:
         from measure.peers import transformers_contestants
         found |= transformers_contestants(pair, args.sampling, args.max_new_tokens, args.options.k)
     return found
-
-
-def parts(pair, options, context, ctas):
-    """Seconds of a round's parts, each alone, and of a verify with the next round's drafting beside it (chains only)."""
-    target, draft, k = pair.target.run_with(), pair.draft, options.k
-    branches = Step(draft, options.fanout_budget, context)
-    found = dict(k=k, budget=options.fanout_budget, ar=Step(target, 1, context).seconds()[1],
-                 verify=Step(target, k + 1, context).seconds()[1], draft=Step(draft, 1, context).seconds()[1],
-                 branches=branches.seconds()[1])
-    return dict(found, together=overlapped(Step(target.run_with(ctas=ctas), k + 1, context), branches, k + 1))
 
 
 def speed(args):
@@ -221,7 +212,6 @@ def speed(args):
                 count = max(1, args.sequences // size) * size
                 texts = (prompts * -(-count // len(prompts)))[:count]
                 groups = [texts[i:i + size] for i in range(0, count, size)]
-                contestants = contestants_for(args, pair, groups[0])
                 lengths = list(map(len, texts))
                 middle = sum(lengths) / count + args.max_new_tokens / 2
                 weights, cached = step_bytes(pair.target.config, args.dtype, int(middle))
@@ -235,12 +225,12 @@ def speed(args):
                             parameters=[model_bytes(model.config, args.dtype) // args.dtype.itemsize for model in models])
                 print("\n" + "\n".join(report.run_lines(head, machine)), flush=True)
                 with synthetic(pair):
+                    contestants = contestants_for(args, pair, groups[0])
                     counted, outputs = compare(contestants, groups, args.repeats, args.device)
                 head["modes"] = rows_of(contestants, counted, outputs, floor, groups)
                 if pair.draft is not None and size == 1 and args.options.tree is None:
-                    head["parts"] = parts(pair, args.options, int(middle), args.ctas)
-                    accept = pair.accept or contestants["ssd"].stats.rank_acceptance()
-                    head["model"] = predicted(head["parts"], accept, args.options.k, args.options.fanout_budget)
+                    stats = contestants["ssd"].stats
+                    head["parts"], head["model"] = parts(pair, stats, args.sampling, args.options, int(middle), args.ctas)
                 print("\n".join(report.mode_lines(head)), flush=True)
                 results.append(head)
     return dict(kind="speed", card=machine, runs=results)
@@ -261,7 +251,7 @@ def steps(args):
             weights, cached = step_bytes(config, args.dtype, context)
             cache = random_cache(model, context, max(args.rows))
             for n in args.rows:
-                least, middle, most = Step(model, n, context, cache).seconds()
+                least, middle, most = seconds_of(Step(model, n, context, cache), args.device)
                 rows.append(dict(shape=name, context=context, rows=n, ms=[1e3 * middle, 1e3 * least, 1e3 * most],
                                  weight_bytes=weights, kv_bytes=cached, bandwidth=(weights + cached) / middle))
                 print(f"{name}, context {context}, {n} tokens: {1e3 * middle:.3f} ms", flush=True)
@@ -276,18 +266,16 @@ def kernel_speeds(args):
     machine, rows = card(args.device), []
     for name in args.kernels:
         shape(name)
-        for op, N, K, head_dim, kv in tune.operations(name):
+        for op, N, K, head_dim, kv in linears.operations(name):
             size = 2 * N * K
-            copies = max(2, min(64, int(tune.L2_BYTES / size)))
+            copies = max(2, min(64, int(linears.L2_BYTES / size)))
             weights = [torch.randn(N, K, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
             for n in (1, 8, 32):
                 x = torch.randn(n, K, device="cuda", dtype=torch.bfloat16)
-                ours = tune.microseconds(tune.workload(op, N, K, head_dim, kv, n, False, copies))
-                plain = tune.microseconds(lambda i: F.linear(x, weights[i % copies]))
+                ours = linears.microseconds(linears.workload(op, N, K, head_dim, kv, n, False, copies))
+                plain = linears.microseconds(lambda i: F.linear(x, weights[i % copies]))
                 rows.append(dict(shape=name, op=op, N=N, K=K, rows=n, us=ours, torch_us=plain, bytes=size))
                 print(f"{name} {op} {N} x {K}, {n} rows: {ours:.1f} us, F.linear {plain:.1f} us", flush=True)
-            del weights
-            torch.cuda.empty_cache()
     return dict(kind="kernels", card=machine, rows=rows)
 
 
@@ -299,54 +287,11 @@ def predict(args):
     configs = {draft: shape(draft) for draft in drafts} or {"embedded draft": LlamaConfig.from_folder(WEIGHTS / "draft")}
     context, rows = (args.context or [512])[0], []
     check_memory(args, shape(name), max(configs.values(), key=lambda c: model_bytes(c, args.dtype)), context)
-    measured = target_steps(random_model(shape(name), args.device, args.dtype), context)
+    target = random_model(shape(name), args.device, args.dtype)
     for draft, config in configs.items():
-        rows += predictions(*measured, random_model(config, args.device, args.dtype), draft, context)
+        rows += predictions(target, random_model(config, args.device, args.dtype), draft, context)
         print(f"timed {name} with {draft}", flush=True)
     return dict(kind="predict", card=machine, target=name, context=context, dtype=str(args.dtype)[6:], rows=rows)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Speculation without a clock
-
-def configurations(small):
-    """(table, row, Sampling, Options, loop) of every run."""
-    for temperature in (0.0, 0.7, 1.0):
-        for accept, c in (("coupled", 1.0), ("residual", 1.0), ("residual", 0.5)):
-            if temperature or accept == "coupled":
-                name = accept if accept == "coupled" else f"residual, C = {c}"
-                yield ("accept", f"T = {temperature}, {name}", Sampling(temperature),
-                       Options(accept=accept, saguaro_c=c), ssd)
-    for temperature in (0.0, 1.0):
-        for budget in (8, 16, 32):
-            for fanout in ("uniform", "geometric", "auto"):
-                if not small or budget == 16:
-                    yield ("fan-out", f"T = {temperature}, budget {budget}, {fanout}", Sampling(temperature),
-                           Options(fanout=fanout, fanout_budget=budget), ssd)
-    for k in (2, 4, 6, 8):
-        yield "speculation", f"chain, K = {k}", Sampling(), Options(k=k), sd
-    for nodes in (8, 16, 32, 64):
-        yield "speculation", f"best tree of {nodes}", Sampling(), Options(k=10, tree=str(nodes)), sd
-
-
-def speculation(args):
-    """Tokens per round, acceptance, hit rate and draft forwards of many configurations: the same on every machine."""
-    pair, rows, size = text_pair(args, args.pad), [], args.batch[0]
-    if pair.draft is None:
-        raise UserError("--speculation needs a draft: give --draft DIR or --round-draft BITS")
-    for table, row, sampling, options, loop in configurations(args.small):
-        totals, began = Stats(), time.time()
-        for first in range(0, len(pair.prompts), size):
-            group = pair.prompts[first:first + size]
-            for _ in loop(pair.target, pair.draft, group, args.max_new_tokens, sampling, options, stats=totals,
-                          seeds=list(range(first, first + len(group)))):
-                pass
-        rows.append(dict(table=table, row=row, **{k: v for k, v in totals.summary().items() if "seconds" not in k}))
-        print(f"{table}: {row}: {totals.tokens_per_round:.2f} tokens a round, acceptance {totals.acceptance_rate:.3f}, "
-              f"hit rate {totals.hit_rate:.3f}  ({time.time() - began:.0f} s)", flush=True)
-    what = f"{pair.name[0].upper()}{pair.name[1:]}, {len(pair.prompts)} prompts, {args.max_new_tokens} new tokens, " \
-           f"{str(args.dtype)[6:]}; K = 6 and budget 16 where not said otherwise"
-    return dict(kind="speculation", what=what, rows=rows, torch=torch.__version__, device=str(args.device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -376,7 +321,8 @@ def parse_flags(argv):
             ("--accept-rate", float, "X", None, "SYNTHETIC acceptance for --target-shape and --draft-shape"),
             ("--temperature", float, "T", 0.0, "0 is greedy"), ("--max-new-tokens", int, "N", 128, "in every sequence"),
             ("--batch", numbers, "N,N", [1], "sequences at once"),
-            ("--sequences", int, "N", 4, "prompts in a repeat, at least the batch"), ("--repeats", int, "N", None, "default: 5, on a CPU 3"),
+            ("--sequences", int, "N", 4, "prompts in a repeat, at least the batch"),
+            ("--repeats", int, "N", None, "default: 5, on a CPU 3"),
             ("--context", numbers, "N,N", None, "prompt tokens (default: prompts as they are, 128 random ones; 512 in steps)"),
             ("--rows", numbers, "N,N", [1, 8, 16, 32, 64], "tokens in a step, for --steps"),
             ("--k", int, "N", Options.k, "lookahead"), ("--tree", str, "TREE", None, "as in generate.py"),
@@ -397,10 +343,12 @@ def parse_flags(argv):
                        ("--small", "fewer fan-out budgets in --speculation"), ("--report", "write README.md from results/")):
         add(flag, action="store_true", help=help)
     args = parser.parse_args(argv)
-    shapes = args.target_shape and not args.predict
+    shapes, work = args.target_shape and not args.predict, (args.steps, args.kernels, args.predict, args.speculation)
+    optional = args.repeats, args.round_draft, args.ctas
+    drafts = args.draft or args.round_draft or args.draft_shape or not (args.target or args.target_shape)
     for wrong, message in (
-        (min(*args.batch, *(args.context or [1]), *args.rows, args.repeats or 1, args.round_draft or 1, args.sequences,
-             args.ctas or 1) < 1, "--batch, --sequences, --context, --rows, --repeats, --round-draft and --ctas must be at least 1"),
+        (min(*args.batch, *(args.context or []), *args.rows, args.sequences, *(n for n in optional if n is not None)) < 1,
+         "--batch, --sequences, --context, --rows, --repeats, --round-draft and --ctas must be at least 1"),
         (max(args.rows) > 128, "--rows: a step takes at most 128 tokens"),
         (args.max_new_tokens < 32, f"--max-new-tokens must be at least 32 to be timed, got {args.max_new_tokens}"),
         (not 0 <= args.temperature < math.inf, f"--temperature must be at least 0, got {args.temperature}"),
@@ -411,19 +359,22 @@ def parse_flags(argv):
          "random models never agree: --draft-shape and --accept-rate go together"),
         (not args.target_shape and (args.accept_rate is not None or args.draft_shape and not args.predict),
          "--draft-shape and --accept-rate are for --target-shape; a real pair has an acceptance of its own"),
+        ((args.tune or args.sweep) and not drafts,
+         "--tune and --sweep need a draft: give --draft DIR, --round-draft BITS or --draft-shape SHAPE"),
         (args.accept_rate is not None and not 0 <= args.accept_rate < 1, "--accept-rate must lie in [0, 1)"),
         (args.draft and args.round_draft, "--draft or --round-draft, not both"),
-        (args.tune and (args.steps or args.kernels or args.predict or args.speculation), "--tune is for timing the modes"),
+        (any(work) and sum(map(bool, (*work, args.tune or args.vs_transformers or args.sweep))) > 1,
+         "--steps, --kernels, --predict and --speculation are measured alone, without --tune, --sweep and --vs-transformers"),
         (args.vs_transformers and (args.batch != [1] or args.target_shape or args.draft_dtype),
          "--vs-transformers takes --batch 1 and a real pair, its draft not in int8"),
-        (args.plot and (args.steps or args.kernels), "--plot draws speeds, --predict and --speculation, not single steps or kernels"),
-        (any(path and not Path(path).parent.is_dir() for path in (args.json, args.plot)), "no such folder for --json or --plot"),
+        (args.plot and (args.steps or args.kernels),
+         "--plot draws speeds, --predict and --speculation, not single steps or kernels"),
+        (any(path and (not Path(path).parent.is_dir() or Path(path).is_dir()) for path in (args.json, args.plot)),
+         "--json and --plot need a file in a folder that is there"),
     ):
         if wrong:
             raise UserError(message)
     args.prompt, args.device = None, find_device(args.device or "auto")
-    if args.device.type == "cuda":
-        args.device = torch.device("cuda", args.device.index or 0)
     args.dtype = DTYPES[args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")]
     args.repeats = args.repeats or (5 if args.device.type == "cuda" else 3)
     args.sampling = Sampling(args.temperature)

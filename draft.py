@@ -106,7 +106,6 @@ class Drafter:
         """Begin a request: prompts (lists of the target's token ids), a sampler with its seeds, the stats to count in."""
         self.stats = stats
         self.sampler.seeds.copy_(sampler.seeds)
-        self.cache.clear()
         history = torch.zeros(self.history.shape, dtype=torch.int64)
         for row, prompt in zip(history, prompts):
             row[:len(prompt)] = torch.tensor(prompt)
@@ -132,13 +131,11 @@ class Drafter:
         self.drafting[key] = self.now = drafting                            # the newest stands last
         if len(self.drafting) > PLANS:
             self.drafting.pop(next(iter(self.drafting)))
-        self.layout = drafting.layout
-        self.tree, self.width = self.layout.tree, self.layout.width         # not `tree`, which is only an equal one
 
-    @property
-    def spec(self):
-        """The Speculation of this round."""
-        return self.now.spec
+    layout = property(lambda self: self.now.layout)
+    tree = property(lambda self: self.layout.tree)          # a graph reads it: not one that is only equal to it
+    width = property(lambda self: self.layout.width)        # F: guesses kept per node
+    spec = property(lambda self: self.now.spec)             # the Speculation of this round
 
     def run(self, name, step, *args):
         """Run a step on the draft's device, where its arguments are, as a span of that name."""

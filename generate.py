@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import tune
+import tune_cache
 from batch import Options, Stats, check_vocabularies
 from errors import UserError, exit_on_user_error
 from model import DTYPES, Llama, LlamaConfig
@@ -157,8 +158,9 @@ class Engine:
         if self.args.tune:
             print("tune: measuring", file=sys.stderr)
             known = tune.find(*self.models, prompts, self.sampling, self.options, self.stop_ids)
+            tune_cache.save(*self.models, *known)
         else:
-            known = tune.load(*self.models, len(prompts))
+            known = tune_cache.load(*self.models, len(prompts))
         if known is None:
             return
         self.plans = tune.choose(*known, self.models[1], self.options, self.asked)

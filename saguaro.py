@@ -144,7 +144,7 @@ def make_plan(options, stats, draft_model, old=None):
         tree = Tree.best(widths, accept, options.k, device)
     else:
         tree = Tree.from_widths(widths, device)
-    accepted = lambda tree: sum(p * depth for p, depth in zip(tree.stop_probability(accept), tree.depths))
+    accepted = lambda tree: sum(tree.reach(accept)[1:])
     if old is not None and accepted(tree) < (1 + WORTHWHILE) * accepted(old[0]):
         tree = old[0]
     if max(tree.n_children) >= vocab_size - 1:
@@ -202,7 +202,6 @@ class Target:
         """Begin a request: prompts (lists of token ids), a sampler with its seeds, the stats to count in."""
         self.stats = stats
         self.sampler.seeds.copy_(sampler.seeds)
-        self.cache.clear()
         with on(self.model.device):
             self.prefix_len.copy_(prefill(self.model, self.cache, prompts))
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import bench
+import tune
 from errors import UserError
 from measure import pairs, predict, report, timing
 from measure.plot import plot
 from model import Llama, LlamaConfig
 from sampling import Sampling
-from tree import Tree
 
 TINY = LlamaConfig(vocab_size=64, dim=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=48, tie_embeddings=True)
 
@@ -21,7 +21,8 @@ def tiny_shapes(monkeypatch):
     for name in ("tiny", "tiny-draft"):
         monkeypatch.setitem(bench.SHAPES, name, TINY)
     monkeypatch.setitem(timing.COPY_BYTES, "cpu", 1 << 20)
-    monkeypatch.setattr(timing, "median_seconds", lambda run, device, repeats=None: (run(), (1e-3, 2e-3, 4e-3))[1])
+    for module in (timing, bench):
+        monkeypatch.setattr(module, "seconds_of", lambda run, *devices: (run(), (1e-3, 2e-3, 4e-3))[1])
 
 
 def run(capsys, *flags):
@@ -109,11 +110,14 @@ def test_speed_of_the_embedded_pair(capsys, tiny_shapes, tmp_path):
 
 
 @pytest.mark.parametrize("pair", [(), ("--target-shape", "tiny", "--draft-shape", "tiny-draft", "--accept-rate", "0.8")])
-def test_tune(capsys, tiny_shapes, pair):
+def test_tune(capsys, monkeypatch, tiny_shapes, pair):
+    found = []
+    monkeypatch.setattr(bench, "find", lambda *args: found.append(tune.find(*args)) or found[0])
     result, printed = run(capsys, *pair, "--tune", "--max-new-tokens", "32", "--repeats", "1", "--sequences", "1")
     modes = {m["label"]: m for m in result["runs"][0]["modes"]}
     assert [*modes] == ["ar", "sd", "ssd", "sd, tuned", "ssd, tuned"] and "tune: fastest: " in printed
     assert all(m["same_text"] for m in modes.values())
+    assert found[0][1].acceptance_rate > 0.5, "tuned for what the pair does here, be it SYNTHETIC"
     tuned = modes["ssd, tuned"]["options"]
     shape = f"--tree {tuned['tree']} --k {tuned['k']}" if tuned["tree"] else f"--k {tuned['k']}"
     assert f"expected with {shape} --fanout-budget {tuned['fanout_budget']}" in printed
@@ -128,7 +132,7 @@ def test_synthetic_acceptance(capsys, tiny_shapes):
     assert all(m["same_text"] for m in head["modes"])
     ar, sd, ssd = head["modes"]
     assert abs(sd["acceptance_rate"] - 0.8) < 0.04 and abs(ssd["acceptance_rate"] - 0.8) < 0.04
-    assert abs(ssd["hit_rate"] - predict.predicted(head["parts"], predict.rank_law(0.8), 6, 16)["hit_rate"]) < 0.06
+    assert abs(ssd["hit_rate"] - head["model"]["hit_rate"]) < 0.06
 
 
 def test_settled_rounds_only(monkeypatch):
@@ -156,21 +160,31 @@ def test_lengthened_prompts_end_as_they_did():
     assert all(len(p) == 7 and p[-len(q):] == q for p, q in zip(pairs.lengthened(prompts, 7), prompts))
 
 
-def test_speedup_model():
+def test_rank_law():
     accept = predict.rank_law(0.75)
     assert accept[0] == 0.75 and all(a >= b for a, b in zip(accept[1:], accept[2:])) and sum(accept) < 1
     assert abs(sum(accept[:4]) - (1 - 0.25 * 4 ** -predict.RANK_EXPONENT)) < 1e-12
-    tree, perfect = Tree.chain(3), [1.0] + [0.0] * 9
-    assert predict.hit_rate(tree, perfect, [1, 1, 1, 1]) == 1                       # always all accepted, and then its 1st choice
-    assert predict.hit_rate(tree, perfect, [1, 1, 1, 0]) == 0
-    free = dict(ar=1.0, verify=1.0, draft=0.0, together=1.0)                        # a draft that costs nothing
-    tokens = 1 + 0.75 + 0.75 ** 2 + 0.75 ** 3
-    for mode in ("sd", "ssd"):
-        assert abs(predict.predicted(free, accept, 3, 8)[mode] - tokens) < 1e-9
-    dear = dict(ar=1.0, verify=1.0, draft=0.5, together=1.0)
-    ssd_, sd_ = (predict.predicted(dear, accept, 3, 8)[mode] for mode in ("ssd", "sd"))
-    hit = predict.predicted(dear, accept, 3, 8)["hit_rate"]
-    assert abs(sd_ - tokens / 2.5) < 1e-9 and abs(ssd_ - tokens / (hit + (1 - hit) * 2.5)) < 1e-9
+
+
+def test_predictions_are_the_models(monkeypatch):
+    """Steps of a second each and a free draft: every drafted token is worth it, and a second GPU hides all there is to hide."""
+    def times(draft, overlap):
+        return tune.Times(1, [[None, 1, 1.0]], [[1, draft]], [[None, overlap]])
+
+    def best(*parts):
+        monkeypatch.setattr(predict, "measure", lambda *models, context: times(*parts))
+        rows = predict.predictions(None, Llama.random(TINY, dtype=torch.float32), "tiny", 16)
+        assert [row["rate"] for row in rows] == [*predict.RATES]
+        return rows[2]                                                              # acceptance .7
+    free = best(0.0, 0.0)
+    tokens = sum(0.7 ** i for i in range(13))
+    assert free["sd"]["k"] == free["one"]["k"] == 12
+    assert all(abs(free[plan][mode] - tokens) < 1e-6 for plan, mode in (("sd", "sd"), ("one", "ssd"), ("two", "ssd")))
+    dear = best(0.1, 0.0)
+    assert dear["sd"]["k"] < 12 and dear["one"]["ssd"] < dear["sd"]["sd"] < dear["two"]["ssd"]      # nothing overlaps on one
+    two = dear["two"]
+    drafting = 0.1 * two["k"]
+    assert abs(two["ssd"] - two["tokens"] / (max(1, drafting + 0.1) + (1 - two["hit_rate"]) * drafting)) < 1e-9     # Theorem 7
 
 
 def test_predict(capsys, tiny_shapes):
@@ -186,7 +200,9 @@ def test_predict(capsys, tiny_shapes):
     (["--draft-shape", "smollm2-135m"], "--target-shape"), (["--target-shape", "llama-3.2-1b", "--accept-rate", "0.5"], "together"),
     (["--target-shape", "llama-3.2-1b", "--chat", "--prompts", "x"], "leave out"), (["--k", "0"], "--k"),
     (["--target-shape", "llama-3.1-8b", "--batch", "100000"], r"GB are needed.*lower --batch"), (["--batch", "a"], "--batch"),
-    (["--context", "2000"], "context of 1024")])
+    (["--context", "2000"], "context of 1024"), (["--sweep", "k", "--predict"], "alone"), (["--steps", "tiny", "--speculation"], "alone"),
+    (["--target-shape", "tiny", "--tune"], "need a draft"),
+    (["--round-draft", "0"], "at least 1"), (["--json", "/"], "a file in a folder")])
 def test_bad_requests(flags, says, tiny_shapes):
     with pytest.raises(UserError, match=says) as error:
         bench.main([*flags, "--device", "cpu"])

@@ -18,9 +18,9 @@ import torch
 from errors import UserError
 
 LANES = ("target", "draft", "host")
-LOOKS = {"verify": ("█", "\033[34m"), "draft": ("▒", "\033[33m"), "miss": ("░", "\033[31m"), "commit": ("│", "\033[37m"),
-         "join": ("│", "\033[37m")}                     # name -> what draws it and its colour
-HIT, MISS = ("✓", "\033[32m"), ("✗", "\033[31m")
+LOOKS = {"edge": ("▐", "\033[34m"), "verify": ("█", "\033[34m"), "draft": ("▒", "\033[33m"),
+         "join": ("│", "\033[37m"), "commit": ("│", "\033[37m"), "miss": ("░", "\033[31m"),
+         True: ("✓", "\033[32m"), False: ("✗", "\033[31m")}           # glyph and colour of a span, and of a hit or not
 
 
 class Span(NamedTuple):
@@ -50,9 +50,8 @@ class Timeline:
         """A point in time on the current stream of a GPU, or on the host if there is no device."""
         if device is None:
             return time.perf_counter()
-        with torch.cuda.device(device):
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
         return event
 
     @contextlib.contextmanager
@@ -95,13 +94,12 @@ def outcomes(spans):
 def hidden_share(spans):
     """How much of the draft's time, backups included, lies inside a verify; 0 where there is no draft."""
     verify = [span for span in spans if span.name == "verify"]              # one after the other, never two at a time
-    ends, hidden, total = [span.end for span in verify], 0.0, 0.0
-    for span in spans:
-        if span.name in ("draft", "miss"):
-            total += span.end - span.start
-            for other in verify[(at := bisect.bisect(ends, span.start)):at + 3]:
-                hidden += max(0.0, min(span.end, other.end) - max(span.start, other.start))
-    return hidden / max(1e-9, total)
+    drafting = [span for span in spans if span.name in ("draft", "miss")]
+    ends, hidden = [span.end for span in verify], 0.0
+    for span in drafting:
+        first = bisect.bisect(ends, span.start)
+        hidden += sum(max(0.0, min(span.end, v.end) - max(span.start, v.start)) for v in verify[first:first + 3])
+    return hidden / max(1e-9, sum(span.end - span.start for span in drafting))
 
 
 def write_chrome_trace(spans, path):
@@ -119,48 +117,41 @@ def write_chrome_trace(spans, path):
 
 
 def draw(spans, width=100, rounds=6, color=False):
-    """The last rounds as two lanes of `width` columns, with a scale in ms and what every lookup found. Returns text."""
+    """The last rounds as two lanes of `width` columns, with what every lookup found and a scale in ms. Returns text."""
     spans = [span for span in spans if span.lane != "host"]
     if not spans:
         return "no rounds to draw"
     shown = [span for span in spans if span.round > spans[-1].round - rounds]
-    start, end = min(span.start for span in shown), max(span.end for span in shown)
-    column = lambda t: min(width - 1, int((t - start) / max(1e-9, end - start) * width))
-    paint = lambda text, tint: f"{tint}{text}\033[0m" if color else text
-    lanes = {lane: [" "] * width for lane in LANES[:2]}
+    start = min(span.start for span in shown)
+    total = max(1e-9, max(span.end for span in shown) - start)
+    column = lambda t: min(width - 1, int((t - start) / total * width))
+    look = lambda kind: f"{LOOKS[kind][1]}{LOOKS[kind][0]}\033[0m" if color else LOOKS[kind][0]
+    lanes = {lane: [" "] * width for lane in ("target", "draft", "", "ms")}
     for span in sorted(shown, key=lambda span: span.start - span.end):      # the short ones last: they stay visible
-        glyph, tint = LOOKS[span.name]
         first, last = column(span.start), max(column(span.start), column(span.end) - 1)
-        for i in range(first, last + 1):                                    # half a column tells it from its neighbour
-            lanes[span.lane][i] = paint("▐" if i == first < last and span.name == "verify" else glyph, tint)
-    marks = [" "] * width
+        edge = "edge" if span.name == "verify" and first < last else span.name      # tells it from its neighbour
+        lanes[span.lane][first:last + 1] = [look(edge)] + [look(span.name)] * (last - first)
     for at, hit in outcomes(shown):
-        marks[column(at)] = paint(*(HIT if hit else MISS))
-    total = (end - start) * 1e3
-    step = next(10 ** e * m for e in range(-3, 7) for m in (1, 2, 5) if 10 ** e * m >= total / 8)
-    scale = [" "] * (width + 12)
-    for i in range(int(total / step) + 1):
-        text, at = f"{i * step:g}", column(start + i * step / 1e3)
-        scale[at:at + len(text)] = text
-    means = []
-    for name in ("verify", "draft", "join", "commit", "miss"):
-        if times := [span.end - span.start for span in spans if span.name == name]:
-            means.append(f"{paint(*LOOKS[name])} {name} {1e3 * sum(times) / len(times):.2f} ms")
-    legend = "mean: " + "   ".join(means)
+        lanes[""][column(at)] = look(hit)
+    step = next(10 ** e * m for e in range(-3, 7) for m in (1, 2, 5) if 10 ** e * m >= total * 1e3 / 8)         # ms
+    for mark in (f"{i * step:g}" for i in range(int(total * 1e3 / step) + 1)):
+        at = column(start + float(mark) / 1e3)
+        lanes["ms"][at:at + len(mark)] = mark
+    times = {kind: [span.end - span.start for span in spans if span.name == kind] for kind in LOOKS}
+    legend = [f"{look(kind)} {kind} {1e3 * sum(t) / len(t):.2f} ms" for kind, t in times.items() if t]
     if outcomes(spans):
-        legend += f"   {paint(*HIT)} hit   {paint(*MISS)} miss"
-    lines = [f"{lane:>7} {''.join(cells)}" for lane, cells in lanes.items()]
-    hidden = f"\n{'':7} {hidden_share(spans):.0%} of the draft's time was hidden behind the verify" if any(
-        span.lane == "draft" for span in spans) else ""
-    return "\n".join([*lines, f"{'':7} {''.join(marks)}".rstrip(), f"{'ms':>7} {''.join(scale).rstrip()}",
-                      f"{'':7} {legend}{hidden}"])
+        legend += [f"{look(True)} hit", f"{look(False)} miss"]
+    lines = [f"{name:>7} {''.join(cells)}".rstrip() for name, cells in lanes.items()] + [f"{'':7} mean: {'   '.join(legend)}"]
+    if times["draft"]:
+        lines.append(f"{'':7} {hidden_share(spans):.0%} of the draft's time was hidden behind the verify")
+    return "\n".join(lines)
 
 
 def report(timeline, path=None, picture=False):
     """What --trace (path) and --timeline (picture, on stderr) ask for, when a run is over."""
     spans = timeline.spans()
     if picture:
-        width = shutil.get_terminal_size((109, 24)).columns - 9
-        print(draw(spans, max(40, width), color=sys.stderr.isatty()), file=sys.stderr)
+        width = max(40, shutil.get_terminal_size((109, 24)).columns - 9)
+        print(draw(spans, width, color=sys.stderr.isatty()), file=sys.stderr)
     if path is not None:
         write_chrome_trace(spans, path)

@@ -96,9 +96,11 @@ class Tree:
 
         On a chain with acceptance rate a that is (1 - a) a^k for k < K and a^K for k = K. Returns a list of M+1.
         """
-        reach, stop = [1.0] * self.size, [0.0] * self.size
-        for node in range(self.size):
-            if node:
-                reach[node] = reach[self.parents[node]] * accept[self.ranks[node]]
-            stop[node] = reach[node] * (1 - sum(accept[:self.n_children[node]]))
-        return stop
+        return [chance * (1 - sum(accept[:n])) for chance, n in zip(self.reach(accept), self.n_children)]
+
+    def reach(self, accept):
+        """Chance that verification gets to each node; their sum is the expected tokens of a round. Returns a list of M+1."""
+        chances = [1.0] * self.size
+        for node in range(1, self.size):
+            chances[node] = chances[self.parents[node]] * accept[self.ranks[node]]
+        return chances

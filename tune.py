@@ -3,20 +3,18 @@
 A round of B sequences yields B E tokens, E the expected number of accepted tokens plus one, and takes
 
     ar     verify(1)                                                                                + extra_ar
-    sd     verify(M+1) + D forwards of the draft                                                    + extra_sd
-    ssd    together(verify(M+1), D+1 forwards with N branches) + (1 - p^B) D forwards of the backup  + extra_ssd
+    sd     verify(M+1) + K forwards of the draft                                                    + extra_sd
+    ssd    together(verify(M+1), K+1 forwards with N branches) + (1 - p^B) K forwards of the backup  + extra_ssd
 
 (Theorem 7 of the paper, in seconds). verify and forwards are measured for a few widths. together(a, b) is
 max(a, b) + (1 - e) min(a, b), where e, how much of the shorter one disappears beside the longer one, is measured once for each
 CTA budget of the target. extra, what rounds take beyond that, comes from a short run of each mode on the text at hand,
 and so does the acceptance of the draft's 1st, 2nd, ... choice, from which E and the hit rate p follow.
+
+Shapes: M+1 nodes of a tree (a chain of K: K+1), K its depth, N outcomes guessed.
 """
-import json
-import os
-import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -24,20 +22,22 @@ import torch
 from batch import Options, Stats
 from draft import Drafter
 from graphs import Beside
-from kernels import MAX_ROWS, TORCH, Int8Weight
+from kernels import MAX_ROWS, TORCH
+from measure.timing import seconds_of
 from saguaro import Target, autoregressive, make_plan, sd, ssd
 from sampling import Sampler, Sampling
 from tree import Tree
 
 TOKENS = 1, 7, 16, 32, 64               # widths of a verify to measure
 BRANCHES = 8, 16, 32, 64, 128           # outcomes to measure a forward of the draft with
-K, BUDGET = Options.k, Options.fanout_budget        # what runs together when the overlap is measured
-CHAINS = 1, 2, 3, 4, 5, 6, 8, 10, 12
-TREES = 8, 15, 31, 63                   # drafted tokens: with its root a tree fills the 16 rows of an MMA tile
-DEPTHS = 4, 6, 8, 10
-BUDGETS = 4, 8, 16, 32
-TRIAL = 128                             # new tokens of the short runs
 ROOM = 8, 16, 32                        # streaming multiprocessors that a CTA budget leaves to the draft
+REPEATS = 5                             # of every measurement
+TRIAL = 128                             # new tokens of the short runs
+
+CHAINS = 1, 2, 3, 4, 5, 6, 8, 10, 12    # what is chosen from: K of a chain ...
+TREES = 8, 15, 31, 63                   # ... drafted tokens of a tree: with its root it fills the 16 rows of an MMA tile ...
+DEPTHS = 4, 6, 8, 10                    # ... its greatest depth ...
+BUDGETS = 4, 8, 16, 32                  # ... and outcomes guessed
 
 
 @dataclass
@@ -53,14 +53,22 @@ class Times:
         return interpolate([(n, seconds) for budget, n, seconds in self.verify if budget == ctas], tokens)
 
     def draft_seconds(self, tree, branches=1):
-        """D forwards that draft `branches` trees side by side."""
+        """K forwards that draft `branches` trees side by side."""
         return sum(interpolate(self.draft, branches * len(level)) for level in tree.levels[:-1])
 
-    def together_seconds(self, tree, branches, ctas):
-        """A round of SSD that hits: the forward over the leaves and D with all branches, beside the verify."""
+    def together_seconds(self, tree, branches, ctas=None):
+        """A round of SSD that hits: the forward over the leaves and K with all branches, beside the verify."""
         a = self.verify_seconds(tree.size, ctas)
         b = interpolate(self.draft, len(tree.levels[-1])) + self.draft_seconds(tree, branches)
         return max(a, b) + (1 - dict(self.overlap)[ctas]) * min(a, b)
+
+    def round_seconds(self, mode, tree, branches=0, hit_rate=0.0, ctas=None):
+        """The formulas above. The tree of ar is a root alone, which takes no drafting."""
+        if mode == "ssd":
+            work = self.together_seconds(tree, branches, ctas) + (1 - hit_rate ** self.batch) * self.draft_seconds(tree)
+        else:
+            work = self.verify_seconds(tree.size) + self.draft_seconds(tree)
+        return work + self.extra[mode]
 
 
 class Plan(NamedTuple):
@@ -69,6 +77,8 @@ class Plan(NamedTuple):
     tree: str | None
     fanout_budget: int
     ctas: int | None                # CTA budget of the target's linears while the draft works beside it
+    tokens_per_round: float         # E
+    hit_rate: float                 # p
     tokens_per_second: float        # of the whole batch
 
 
@@ -85,94 +95,86 @@ def interpolate(points, x):
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
 
-def seconds(run, devices):
-    """Seconds of run(), until its last kernel is done: the median, or on a CPU, which others use too, the least.
-
-    The first calls compile kernels and record graphs.
-    """
-    cuda, times = [device for device in devices if device.type == "cuda"], []
-    for _ in range(18 if cuda else 6):
-        began = time.perf_counter()
-        run()
-        for device in cuda:
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
-    return sorted(times[3:])[7] if cuda else min(times)
+def cta_budgets(model):
+    """Programs to limit a target's linears to: two on all multiprocessors but a few. None of them without our kernels."""
+    if model.ops is TORCH:
+        return []
+    count = torch.cuda.get_device_properties(model.device).multi_processor_count
+    return [2 * (count - room) for room in ROOM if room < count // 2]
 
 
 @torch.inference_mode()
-def measure(target_model, draft_model, sampling=Sampling(), batch=1, context=256):
-    """Time the parts of a round behind a text of `context` tokens. Returns Times without `extra`."""
-    device, devices, times = target_model.device, {target_model.device, draft_model.device}, Times(batch)
+def measure(target_model, draft_model, sampling=Sampling(), batch=1, context=256, k=Options.k, budget=Options.fanout_budget,
+            ctas=None):
+    """Time the parts of a round behind a text of `context` tokens. Returns Times without `extra`.
+
+    What runs together when the overlap is measured is a chain of k and `budget` outcomes, for every CTA budget in `ctas`: by
+    default None, all that a linear wants, and those of `cta_budgets`.
+    """
+    times, device, gpu = Times(batch), target_model.device, target_model.device.type == "cuda"
+    which = 1 if gpu else 0                 # the median, or the least: others use a CPU as well, and are no part of a round
+    took = lambda run: seconds_of(run, device, draft_model.device, repeats=REPEATS)[which]
     prompts, sampler = [[1] * context] * batch, Sampler(sampling, [0] * batch, device)
-    branches = BRANCHES if draft_model.device.type == "cuda" else (8, 32)
-    chain = Tree.chain(K, draft_model.device)
-    drafter = Drafter(draft_model, batch, sampler, context + (K + 1) * (max(branches) + 2), Options())
+    branches = {*BRANCHES, budget} if gpu else {8, 32, budget}
+    chain, room = Tree.chain(k, draft_model.device), context + (k + 1) * (max(branches) + 2)
+    drafter = Drafter(draft_model, batch, sampler, room, Options())
     drafter.start(prompts, sampler, Stats())
     drafter.plan(chain, None)
-    one = seconds(drafter.speculate, devices) / K
+    one = took(drafter.speculate) / k
     times.draft.append([1, one])
-    for n in sorted({*branches, BUDGET}, key=lambda n: (n == BUDGET, n)):           # the budget last: it stays planned
-        drafter.plan(chain, [n // (K + 1) + (i < n % (K + 1)) for i in range(K + 1)])
+    for n in sorted(branches, key=lambda n: (n == budget, n)):              # the budget last: it stays planned
+        drafter.plan(chain, [n // (k + 1) + (i < n % (k + 1)) for i in range(k + 1)])
         drafter.speculate()
-        beside = seconds(drafter.precompute, devices)
-        times.draft.append([n, max(one, (beside - one) / K)])
-    budgets = [None]
-    if target_model.ops is not TORCH:
-        count = torch.cuda.get_device_properties(device).multi_processor_count
-        budgets += [2 * (count - room) for room in ROOM if room < count // 2]
-    specs = {n: (torch.ones(batch, n, dtype=torch.int64, device=device), None, Tree.chain(n - 1, device)) for n in TOKENS}
-    for ctas in budgets:
-        target_model.run_with(ctas=ctas)
-        target = Target(target_model, batch, sampler, context + 2 * max(TOKENS))
+        beside = took(drafter.precompute)
+        times.draft.append([n, max(one, (beside - one) / k)])
+
+    chains = {n: Tree.chain(n - 1, device) for n in sorted({*TOKENS, k + 1})}
+    tokens = {n: torch.ones(batch, n, dtype=torch.int64, device=device) for n in chains}
+    for limit in [None, *cta_budgets(target_model)] if ctas is None else ctas:
+        target_model.run_with(ctas=limit)
+        target = Target(target_model, batch, sampler, context + 2 * max(tokens))
         target.start(prompts, sampler, Stats())
         start = target.prefix_len.clone()
 
         def verify(n):
             target.prefix_len.copy_(start)
-            target.verify(*specs[n])
+            target.verify(tokens[n], None, chains[n])
 
         def both():
-            drafted, verified = side.draft(drafter.precompute), side.target(verify, K + 1)
+            drafted, verified = side.draft(drafter.precompute), side.target(verify, k + 1)
             verified(), drafted()
-        for n in TOKENS:
-            times.verify.append([ctas, n, seconds(lambda: verify(n), devices)])
-        alone = times.verify_seconds(K + 1, ctas)
+        for n in tokens:
+            times.verify.append([limit, n, took(lambda: verify(n))])
+        alone = times.verify_seconds(k + 1, limit)
         with Beside(draft_model.device) as side:
-            times.overlap.append([ctas, min(1.0, (alone + beside - seconds(both, devices)) / min(alone, beside))])
+            times.overlap.append([limit, min(1.0, (alone + beside - took(both)) / min(alone, beside))])
     target_model.run_with()
     return times
 
 
 def try_modes(times, target_model, draft_model, prompts, new_tokens, sampling, options, stop_ids=()):
     """Run each mode a little on real text: fills in times.extra, and returns the Stats of ssd."""
-    options, tree = replace(options, k=K, tree=None, fanout_budget=BUDGET), Tree.chain(K)
+    options = replace(options, k=Options.k, tree=None, fanout_budget=Options.fanout_budget)
     for mode, loop in (("ar", autoregressive), ("sd", sd), ("ssd", ssd)):
+        models, more, k = ((target_model,), (), 0) if mode == "ar" else ((target_model, draft_model), (options,), options.k)
         stats, rounds, before = Stats(), [], time.perf_counter()
-        models, more = ((target_model,), ()) if mode == "ar" else ((target_model, draft_model), (options,))
         for _ in loop(*models, prompts, new_tokens, sampling, *more, stop_ids, stats=stats):
             now = time.perf_counter()
             rounds.append(now - before)
             before = now
         rounds = sorted(rounds[3:] or rounds)                               # the first ones compile and record
-        backup = 0 if stats.all_hit_rate > 0.5 else times.draft_seconds(tree)
-        parts = {"ar": times.verify_seconds(1), "sd": times.verify_seconds(tree.size) + times.draft_seconds(tree),
-                 "ssd": times.together_seconds(tree, BUDGET, None) + backup}[mode]
-        times.extra[mode] = max(0.0, rounds[len(rounds) // 2] - parts)
+        hit_rate = float(stats.all_hit_rate > 0.5)                          # did the round in the middle hit?
+        expected = times.round_seconds(mode, Tree.chain(k), options.fanout_budget, hit_rate)
+        times.extra[mode] = max(0.0, rounds[len(rounds) // 2] - expected)
     return stats
 
 
 def find(target_model, draft_model, prompts, sampling, options, stop_ids=()):
-    """Measure all there is to know about a pair, on a batch of prompts (lists of ids), and keep it in the cache.
-
-    Returns (Times, Stats), for `choose`.
-    """
+    """Measure all there is to know about a pair, on a batch of prompts (lists of ids): (Times, Stats), for `choose`."""
     models, length = (target_model, draft_model), max(map(len, prompts))
     new = min(TRIAL, min(model.config.max_context for model in models) - length)
     times = measure(*models, sampling, len(prompts), length + new // 2)
-    stats = try_modes(times, *models, prompts, new, sampling, options, stop_ids)
-    save(cache_key(*models, len(prompts)), times, stats, choose(times, stats, draft_model))
-    return times, stats
+    return times, try_modes(times, *models, prompts, new, sampling, options, stop_ids)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,11 +186,21 @@ def expected(tree, fan, accept):
 
     (On the embedded pair that is within .04 of measured hit rates, where F^-r, which a fan-out of 1 never satisfies, is not.)
     """
-    reach = [1.0] * tree.size
-    for node in range(1, tree.size):
-        reach[node] = reach[tree.parents[node]] * accept[tree.ranks[node]]
+    reach = tree.reach(accept)
     hit = sum(chance * sum(accept[n:n + f]) for chance, n, f in zip(reach, tree.n_children, fan))
     return sum(reach), min(1.0, hit)
+
+
+def candidates(options, asked, vocab_size):
+    """The Options to choose from: fields of `options` named in `asked` as they are, the others free."""
+    trees = [options.tree] if "tree" in asked else [None]
+    if not {"tree", "k"} & {*asked}:
+        trees += [str(nodes) for nodes in TREES if nodes < vocab_size - 1]
+    budgets = [options.fanout_budget] if "fanout_budget" in asked else BUDGETS
+    for tree in trees:
+        given = "k" in asked or "," in (tree or "")                         # children per depth say how deep, too
+        for k in [options.k] if given else DEPTHS if tree else CHAINS:
+            yield from (replace(options, k=k, tree=tree, fanout_budget=budget) for budget in budgets)
 
 
 def choose(times, stats, draft_model, options=Options(), asked=()):
@@ -197,28 +209,21 @@ def choose(times, stats, draft_model, options=Options(), asked=()):
     stats: acceptance by rank and miss exponent of a run of ssd. asked: names of the fields of `options` that the user has
     set ("k", "tree", "fanout_budget"): they stay as they are, the others are free.
     """
-    B, accept = times.batch, stats.rank_acceptance()
-    plans = {"ar": Plan(options.k, options.tree, options.fanout_budget, None,
-                        B / (times.verify_seconds(1) + times.extra["ar"]))}
+    accept, plans = stats.rank_acceptance(), {}
 
-    def offer(mode, seconds, *plan):
-        if mode not in plans or B * yields / seconds > plans[mode].tokens_per_second:
-            plans[mode] = Plan(*plan, B * yields / seconds)
+    def offer(mode, shape, tree, fan, ctas=None):
+        tokens, hit_rate = expected(tree, fan, accept)
+        speed = times.batch * tokens / times.round_seconds(mode, tree, sum(fan), hit_rate, ctas)
+        if mode not in plans or speed > plans[mode].tokens_per_second:
+            plans[mode] = Plan(shape.k, shape.tree, shape.fanout_budget, ctas, tokens, hit_rate, speed)
 
-    fixed, vocab_size = "k" in asked, draft_model.config.vocab_size
-    sizes = [options.tree] if "tree" in asked else [None] if fixed else [None, *(str(n) for n in TREES if n < vocab_size - 1)]
-    depths = lambda size: (options.k,) if fixed or "," in (size or "") else DEPTHS if size else CHAINS
-    for size, k in ((size, k) for size in sizes for k in depths(size)):
-        shape = replace(options, k=k, tree=size)
-        for budget in (options.fanout_budget,) if "fanout_budget" in asked else BUDGETS:
-            tree, fan = make_plan(replace(shape, fanout_budget=budget), stats, draft_model)
-            yields, hit = expected(tree, fan, accept)
-            backup = times.draft_seconds(tree)
-            offer("sd", times.verify_seconds(tree.size) + backup + times.extra["sd"], k, size, budget, None)
-            wide = sum(fan) * max(map(len, tree.levels[:-1])) > MAX_ROWS
-            for ctas, _ in times.overlap if not wide or "ssd" not in plans else ():
-                round_time = times.together_seconds(tree, sum(fan), ctas) + (1 - hit ** B) * backup + times.extra["ssd"]
-                offer("ssd", round_time, k, size, budget, ctas)
+    offer("ar", options, Tree.chain(0), [0])
+    for shape in candidates(options, asked, draft_model.config.vocab_size):
+        tree, fan = make_plan(shape, stats, draft_model)
+        offer("sd", shape, tree, [0] * tree.size)
+        wide = sum(fan) * max(map(len, tree.levels[:-1])) > MAX_ROWS
+        for ctas, _ in times.overlap if not wide or "ssd" not in plans else ():
+            offer("ssd", shape, tree, fan, ctas)
     return plans
 
 
@@ -234,62 +239,10 @@ def describe(times, plans):
              f"a draft forward, ms by branches: {ms(sorted(times.draft))}",
              f"of the shorter side overlap hides, by CTA budget of the target: {overlap}"]
     for mode, plan in plans.items():
-        shape = f"--tree {plan.tree} --k {plan.k}" if plan.tree else f"--k {plan.k}"
-        how = {"ar": "", "sd": f" with {shape}"}.get(mode, f" with {shape} --fanout-budget {plan.fanout_budget}" + (
-            f" and {plan.ctas} CTAs for the target" if plan.ctas else ""))
-        lines.append(f"{mode}: {plan.tokens_per_second:.1f} tok/s expected{how}")
+        line = f"{mode}: {plan.tokens_per_second:.1f} tok/s expected"
+        if mode != "ar":
+            line += f" with --tree {plan.tree} --k {plan.k}" if plan.tree else f" with --k {plan.k}"
+        if mode == "ssd":
+            line += f" --fanout-budget {plan.fanout_budget}" + (f" and {plan.ctas} CTAs for the target" if plan.ctas else "")
+        lines.append(line)
     return [f"tune: {line}" for line in (*lines, f"fastest: {best_mode(plans)}")]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache: what was measured, for each pair and machine, and the plans that followed
-
-def cache_key(target_model, draft_model, batch):
-    def name(model):
-        c, device = model.config, model.device
-        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        weights = "int8" if isinstance(model.layers[0].wqkv, Int8Weight) else str(model.dtype).removeprefix("torch.")
-        how = ("torch" if model.ops is TORCH else "triton") + (", graphs" if model.graphs else "")
-        return (f"{gpu}, {weights}, {how}, {c.n_layers} layers x {c.dim}, {c.n_heads}/{c.n_kv_heads} heads x {c.head_dim}, "
-                f"ffn {c.ffn_dim}, vocabulary {c.vocab_size}")
-    own_gpu = ", on its own device" if draft_model.device != target_model.device else ""
-    return f"torch {torch.__version__} | {name(target_model)} | {name(draft_model)}{own_gpu} | batch {batch}"
-
-
-def cache_path():
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saguaro" / "tune.json"
-
-
-def load(target_model, draft_model, batch):
-    """What `find` has found for a pair, or None. A cache that can't be read is told of and ignored."""
-    try:
-        entry = json.loads(cache_path().read_text(encoding="utf-8")).get(cache_key(target_model, draft_model, batch))
-        if entry is None:
-            return None
-        times, stats = Times(**entry["times"]), Stats(choices=entry["choices"])
-        stats.misses = {int(f): counts for f, counts in entry["misses"].items()}
-        times.verify_seconds(1), stats.rank_acceptance(), stats.miss_exponent(), dict(times.overlap)[None]
-        return times, stats
-    except FileNotFoundError:
-        return None
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        print(f"{cache_path()} is of no use ({error!r}) and ignored; --tune writes it anew", file=sys.stderr)
-
-
-def save(key, times, stats, plans):
-    """Store what was measured under key. A cache that can't be written is told of and done without."""
-    try:
-        path = cache_path()
-        try:
-            entries = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            entries = {}
-        entries = entries if isinstance(entries, dict) else {}
-        entries[key] = dict(fastest=best_mode(plans), plans={mode: plan._asdict() for mode, plan in plans.items()},
-                            times=asdict(times), choices=stats.choices, misses=stats.misses)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f"{path.name}.{os.getpid()}")
-        new.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
-        new.replace(path)                                                   # whole, whoever else writes
-    except (OSError, RuntimeError) as error:
-        print(f"the choice can't be kept for later runs: {error}", file=sys.stderr)

@@ -67,10 +67,11 @@ def blocks_for(N, K, rows=1):
     BK = min(256 if K >= 2048 else 128, max(16, triton.next_power_of_2(K)))
     rule = Blocks(64 if N >= 16384 else 32, BK, 4, 4, 2 if N <= 4096 <= K else 1)
     narrow = SM90.get((N, K), rule) if hopper else rule
-    if rows <= 16 or N * K < 4 << 20:
-        return narrow
-    wide = Blocks(128 if N >= 16384 else 64, 64, 4, 4, narrow.split)
-    return SM90_WIDE.get((N, K), wide) if hopper else wide
+    if rows > 16 and hopper and (N, K) in SM90_WIDE:
+        return SM90_WIDE[N, K]
+    if rows > 16 and N * K >= 4 << 20:
+        return Blocks(128 if N >= 16384 else 64, 64, 4, 4, narrow.split)
+    return narrow
 
 
 class Launch:

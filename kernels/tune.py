@@ -44,6 +44,11 @@ def candidates(op, N, K, head_dim, element_size):
         yield Blocks(BN, BK, stages, warps, split)
 
 
+def table_for(rows):
+    """The table of kernels/launch.py that counts for so many rows of x."""
+    return launch.SM90 if rows <= 16 else launch.SM90_WIDE
+
+
 def workload(op, N, K, head_dim, kv, rows, int8, copies):
     """A function i -> None that runs the op on the i-th copy of its weight."""
     device, dtype = "cuda", torch.bfloat16
@@ -67,7 +72,7 @@ def workload(op, N, K, head_dim, kv, rows, int8, copies):
 
 def compile_one(job):
     (op, N, K, head_dim, kv), blocks, rows, int8 = job
-    (launch.SM90 if rows <= 16 else launch.SM90_WIDE)[N, K] = blocks
+    table_for(rows)[N, K] = blocks
     try:
         workload(op, N, K, head_dim, kv, rows, int8, 1)(0)
         torch.cuda.synchronize()
@@ -108,6 +113,9 @@ def main():
         for shape in args.shapes.split(","):
             for operation in operations(shape):
                 blocks = list(candidates(*operation[:4], 1 if args.int8 else 2))
+                if args.rows > 16:                      # the split shows in the bits: it is that of a single row
+                    split = launch.blocks_for(*operation[1:3]).split
+                    blocks = [b for b in blocks if b.split == split]
                 plans[shape, operation] = blocks, pool.map(compile_one, [(operation, b, args.rows, args.int8)
                                                                          for b in blocks])
         compiled = {key: [b for b, ok in zip(blocks, oks) if ok is True] for key, (blocks, oks) in plans.items()}
@@ -118,7 +126,7 @@ def main():
         run = workload(*operation, args.rows, args.int8, copies)
         results = []
         for b in blocks:
-            (launch.SM90 if args.rows <= 16 else launch.SM90_WIDE)[N, K] = b
+            table_for(args.rows)[N, K] = b
             results.append((microseconds(run), b))
             everything.append(dict(shape=shape, op=op, N=N, K=K, blocks=b, us=results[-1][0]))
         results.sort()

@@ -1,1 +1,1 @@
-"""What bench.py is made of: timing, pairs of models, the speedup model, other engines, tables, plots."""
+"""What bench.py is made of: the clock (which tune.py uses, too), pairs of models, predictions, other engines, tables, plots."""

@@ -1,7 +1,6 @@
-"""What bench.py measures with: the machine's card, medians by events, and single steps of a model at fixed shapes.
+"""What bench.py and tune.py measure with: times of repeated runs, the machine's card, single steps of a model at fixed shapes.
 
-Every timing warms up first (Triton compiles, CUDA graphs are recorded) and runs on random data: zeros draw less power and
-clock higher.
+Models to measure on have random weights: zeros draw less power and clock higher.
 """
 import platform
 import subprocess
@@ -16,19 +15,24 @@ from sampling import Sampler, Sampling
 from tree import Tree
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}     # several times any cache
-INNER = 8                                           # steps between two events: one alone would show the replay's latency
+WARM_UP = 3                                         # runs that compile kernels, record a CUDA graph and replay it
+INNER = 8                                           # runs between two events: one alone would show the replay's latency
 
 
-def median_seconds(run, device, repeats=None):
-    """(least, median, most) seconds of run(), by events on a GPU. run() has been called before."""
-    times = []
-    for _ in range(repeats or (30 if device.type == "cuda" else 7)):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+def seconds_of(run, *devices, repeats=None):
+    """(least, median, most) seconds of run(), whose work is on `devices`; on GPUs by events on their current streams."""
+    gpus, times = [device for device in dict.fromkeys(devices) if device.type == "cuda"], []
+    for _ in range(WARM_UP if gpus else 1):
+        run()
+    for _ in range(repeats or (30 if gpus else 7)):
+        if gpus:
+            stream, (start, end) = torch.cuda.current_stream(gpus[0]), (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record(stream)
             for _ in range(INNER):
                 run()
-            end.record()
+            for other in gpus[1:]:
+                stream.wait_stream(torch.cuda.current_stream(other))
+            end.record(stream)
             end.synchronize()
             times.append(start.elapsed_time(end) / 1e3 / INNER)
         else:
@@ -43,8 +47,7 @@ def copy_bandwidth(device):
     """Bytes a second of a large copy, read and written: what memory gives here."""
     a = torch.empty(COPY_BYTES[device.type], dtype=torch.uint8, device=device).random_()
     b = torch.empty_like(a)
-    b.copy_(a)
-    return 2 * a.numel() / median_seconds(lambda: b.copy_(a), device)[1]
+    return 2 * a.numel() / seconds_of(lambda: b.copy_(a), device)[1]
 
 
 def card(device):
@@ -74,13 +77,6 @@ def nvidia_driver():
         return None
 
 
-def cta_budgets(device):
-    """Programs to limit a target's linears to: two on all multiprocessors but 8, 16 or 32. None on a CPU."""
-    if device.type != "cuda":
-        return []
-    return [2 * (torch.cuda.get_device_properties(device).multi_processor_count - room) for room in (8, 16, 32)]
-
-
 def model_bytes(config, dtype):
     """Bytes of a model's weights, without making them."""
     return sum(p.numel() for p in Llama(config, "meta", dtype).parameters()) * dtype.itemsize
@@ -107,17 +103,15 @@ class Step:
     One token is a step of ar, more of them a verify, or branches that are drafted side by side. Call it to run it.
     """
 
-    def __init__(self, model, rows, context, cache=None):
-        self.model, device = model, model.device
-        self.cache = cache or random_cache(model, context, rows)
+    def __init__(self, model, rows, context, cache):
+        """cache: `random_cache` of at least context + rows slots."""
+        self.model, self.cache, device = model, cache, model.device
         self.sampler, self.start = Sampler(Sampling(), [0], device), torch.full((1,), context, device=device)
         self.tree = Tree([-1] + [0] * (rows - 1), device)       # a root and its children: every row counts the same
         self.positions = self.start[:, None] + self.tree.node_depth
         self.slots = self.start[:, None] + torch.arange(rows, device=device)
         self.tokens = torch.randint(0, model.config.vocab_size, (1, rows), device=device)
         self.graphs = Graphs(model.graphs)
-        for _ in range(3):                                      # compile, record, replay
-            self()
 
     @torch.inference_mode()
     def __call__(self):
@@ -127,30 +121,10 @@ class Step:
         hidden = self.model(tokens, self.positions, self.slots, self.start, self.tree.ancestors, self.cache)
         return self.sampler.choose(self.model, hidden, self.positions + 1, 1, self.model.d2t)
 
-    def seconds(self):
-        return median_seconds(self, self.model.device)
-
 
 def random_cache(model, context, rows):
+    """A KVCache of one sequence full of random K and V, with room for `rows` tokens behind `context`."""
     cache = KVCache(model.config, 1, context + rows + 1, model.device, model.dtype)
     cache.k.normal_()
     cache.v.normal_()
     return cache
-
-
-def overlapped(verify, draft, times):
-    """Median seconds of a verify Step beside `times` draft Steps on a second stream; on a CPU one after the other."""
-    device = verify.model.device
-    if device.type != "cuda":
-        return verify.seconds()[1] + times * draft.seconds()[1]
-    stream = torch.cuda.Stream(device)
-
-    def both():
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            for _ in range(times):
-                draft()
-        verify()
-        torch.cuda.current_stream(device).wait_stream(stream)
-    both()
-    return median_seconds(both, device, 5)[1]

@@ -71,6 +71,7 @@ def test_collecting_on_the_host():
 def test_collecting_on_a_gpu():
     """A span on a stream ends when the work there is done, though nobody waits for it."""
     device = torch.device("cuda")
+    torch.cuda._sleep(1)                        # the first call loads the kernel
     timeline, stream = Timeline(target=device, draft=device), torch.cuda.Stream()
     with timeline.span("read-back", "host", 0):
         with torch.cuda.stream(stream), timeline.span("draft", "draft", 0):

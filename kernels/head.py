@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kernels.launch import Launch, dense, launch_options, pdl, prefetch, wait_for_inputs
-from kernels.linear import linear, product, weight_scale
+from kernels.linear import linear, multiply, weight_scale
 from kernels.noise import gumbel32, gumbel_ref
 
 
@@ -55,29 +55,35 @@ def take_best(values, ids, order, NONE: tl.constexpr):
 
 @triton.jit
 def best_kernel(x_ptr, w_ptr, scale_ptr, seed_ptr, position_ptr, id_ptr, value_ptr, index_ptr, temperature, stream, M, T,
-                N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, n: tl.constexpr,
-                NOISE: tl.constexpr, IDS: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr):
+                N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, n: tl.constexpr, NOISE: tl.constexpr, IDS: tl.constexpr, INT8: tl.constexpr, PREFETCH: tl.constexpr,
+                PDL: tl.constexpr):
     m = tl.arange(0, BM)
     live = m < M
-    prefetch(w_ptr, tl.program_id(0) * BN, N, K, 0, BN, BK, PDL)
+    STEPS: tl.constexpr = (K + BK - 1) // BK
+    first, programs = tl.program_id(0), tl.num_programs(0)
+    prefetch(w_ptr, first * BN, N, K, 0, BN, PREFETCH, PDL)
     wait_for_inputs(PDL)
-    for block in range(tl.program_id(0), tl.cdiv(N, BN), tl.num_programs(0)):
+    acc = tl.zeros([BN, BM], tl.float32)
+    for step in range(tl.cdiv(tl.cdiv(N, BN) - first, programs) * STEPS):
+        block = first + step // STEPS * programs
         rows = block * BN + tl.arange(0, BN)
-        acc = product(x_ptr, w_ptr, rows, M, N, K, 0, K, BM, BK, tl.zeros([BN, BM], tl.float32))
-        scores = weight_scale(acc, scale_ptr, rows, N, INT8)
-        ids = rows.to(tl.int64)
-        if IDS:
-            ids = tl.load(id_ptr + rows, mask=rows < N, other=-1)
-        if NOISE:
-            seed = tl.load(seed_ptr + m // T, mask=live, other=0)
-            position = tl.load(position_ptr + m, mask=live, other=0)
-            scores = scores / temperature + gumbel32(seed, stream, position, ids)
-        scores = tl.where((rows < N)[:, None] & (ids >= 0)[:, None], scores, float("-inf"))
-        order = tl.arange(0, BN)[:, None]
-        for i in tl.static_range(n):
-            value, at, scores = take_best(scores, order, order, BN)
-            tl.store(value_ptr + (m * tl.cdiv(N, BN) + block) * n + i, value, mask=live)
-            tl.store(index_ptr + (m * tl.cdiv(N, BN) + block) * n + i, block * BN + at, mask=live)
+        acc = multiply(x_ptr, w_ptr, rows, step % STEPS * BK, M, N, K, BM, BK, acc)
+        if step % STEPS == STEPS - 1:
+            scores = weight_scale(acc, scale_ptr, rows, N, INT8)
+            ids = rows.to(tl.int64)
+            if IDS:
+                ids = tl.load(id_ptr + rows, mask=rows < N, other=-1)
+            if NOISE:
+                seed = tl.load(seed_ptr + m // T, mask=live, other=0)
+                position = tl.load(position_ptr + m, mask=live, other=0)
+                scores = scores / temperature + gumbel32(seed, stream, position, ids)
+            scores = tl.where((rows < N)[:, None] & (ids >= 0)[:, None], scores, float("-inf"))
+            order = tl.arange(0, BN)[:, None]
+            for i in tl.static_range(n):
+                value, at, scores = take_best(scores, order, order, BN)
+                tl.store(value_ptr + (m * tl.cdiv(N, BN) + block) * n + i, value, mask=live)
+                tl.store(index_ptr + (m * tl.cdiv(N, BN) + block) * n + i, block * BN + at, mask=live)
+            acc = tl.zeros([BN, BM], tl.float32)
 
 
 @triton.jit

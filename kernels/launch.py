@@ -2,7 +2,7 @@
 
 Programmatic dependent launch (PDL) lets a kernel start while the one before it still runs. It then fetches its first
 weights, which don't depend on anybody, into the L2 cache, and waits only then for its inputs: the launch latency and
-the ramp-up of 5 kernels a layer disappear behind each other.
+the ramp-up of 6 kernels a layer disappear behind each other.
 """
 from typing import NamedTuple
 
@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-PREFETCH = tl.constexpr(4)              # tiles of weights that a waiting program fetches into L2
+PREFETCH = 64 << 10                     # bytes of weights that a waiting program fetches into L2
 SHARED_MEMORY = 200e3                   # bytes of tiles in flight that surely fit
+AHEAD = 48 << 10                        # bytes of weights in flight of a program that leaves room for another model
 MAX_ROWS = 128                          # rows of x that the skinny kernels take; above that, cuBLAS is the right tool
 
 
@@ -45,12 +46,12 @@ class Blocks(NamedTuple):
 # Measured on an H100 (python -m kernels.tune): (N, K) -> blocks. Other shapes and GPUs follow `blocks_for`. Only `split`
 # shows in the bits of a sum: mma.sync and wgmma give the same for any BN, BK, stages and warps (test_kernels.py).
 SM90 = {
-    (6144, 4096): Blocks(16, 512, 3, 4), (4096, 4096): Blocks(32, 256, 6, 4), (28672, 4096): Blocks(32, 256, 6, 4),
+    (6144, 4096): Blocks(32, 256, 4, 4), (4096, 4096): Blocks(32, 256, 6, 4), (28672, 4096): Blocks(32, 256, 6, 4),
     (4096, 14336): Blocks(64, 128, 6, 4, 2), (128256, 4096): Blocks(64, 128, 6, 4),                     # Llama 3.1 8B
     (3072, 2048): Blocks(32, 256, 6, 4), (2048, 2048): Blocks(64, 128, 4, 4, 4), (16384, 2048): Blocks(32, 256, 3, 4),
     (2048, 8192): Blocks(64, 128, 6, 4, 4), (128256, 2048): Blocks(64, 128, 6, 4),                      # Llama 3.2 1B
-    (960, 576): Blocks(16, 64, 5, 4), (576, 576): Blocks(16, 64, 6, 4), (3072, 576): Blocks(32, 64, 5, 4),
-    (576, 1536): Blocks(16, 512, 3, 4), (49152, 576): Blocks(128, 64, 6, 4),                            # SmolLM2 135M
+    (960, 576): Blocks(16, 128, 3, 4), (576, 576): Blocks(16, 256, 3, 2), (3072, 576): Blocks(16, 128, 5, 2),
+    (576, 1536): Blocks(16, 512, 3, 2), (49152, 576): Blocks(128, 64, 6, 4),                            # SmolLM2 135M
 }
 
 
@@ -77,8 +78,8 @@ def blocks_for(N, K, rows=1):
 class Launch:
     """Shapes, block shapes, grid and launch options of one skinny linear: x [..., K] with M rows, w [N, K] or Int8Weight.
 
-    most: the largest BN that fits; ctas: the most programs to launch, which then work in a loop, for a model that
-    shares the GPU; None: no limit.
+    most: the largest BN that fits; ctas: the most programs to launch, which then work in a loop with few bytes in flight,
+    for a model that shares the GPU: what it asks the memory for waits behind all that this one has asked for. None: all.
     """
 
     def __init__(self, x, w, most=1 << 30, ctas=None):
@@ -89,18 +90,20 @@ class Launch:
         self.BM = max(16, triton.next_power_of_2(self.M))
         self.BN, self.BK, stages, warps, self.SPLIT = blocks_for(self.N, self.K, self.M)
         self.BN = min(self.BN, most)
+        self.blocks, ahead = triton.cdiv(self.N, self.BN), PREFETCH
+        programs = self.blocks * self.SPLIT
+        if ctas is not None:
+            programs, ahead = programs if programs < 2 * ctas else ctas, AHEAD
+            stages = min(stages, 1 + max(2, ahead // (self.BN * self.BK * self.weight.element_size())))
         # More rows need more shared memory. What gives way is what rounding doesn't see: SPLIT stays.
         tile = lambda: (self.BN * self.weight.element_size() + 2 * self.BM * x.element_size()) * self.BK
         while tile() * stages > SHARED_MEMORY and (stages > 2 or self.BK > 32):
             stages, self.BK = (stages - 1, self.BK) if stages > 2 else (stages, self.BK // 2)
-        self.blocks = triton.cdiv(self.N, self.BN)
-        self.grid = (min(self.blocks * self.SPLIT, ctas or 1 << 30),)
-        self.options = dict(PDL=pdl(x.device), num_warps=warps, num_stages=stages, **launch_options(x.device))
+        self.grid = (programs,)
+        self.options = dict(PREFETCH=ahead, PDL=pdl(x.device), num_warps=warps, num_stages=stages, **launch_options(x.device))
 
     def scratch(self):
-        """Partial tiles and arrival counters of split-K (any tensors where there is none)."""
-        if self.SPLIT == 1:
-            return self.weight, self.weight
+        """Partial tiles and arrival counters of split-K."""
         arrivals = self.weight.__dict__.setdefault("arrivals", {})      # one a stream, since streams run side by side
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.weight.is_cuda else 0
         if (stream, self.blocks) not in arrivals:
@@ -131,11 +134,11 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 
 @triton.jit
-def prefetch(w_ptr, row, N, K: tl.constexpr, k0, ROWS: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr):
-    """Fetch W[row:row+ROWS] of the first PREFETCH tiles along K from k0 into L2, without waiting for it."""
+def prefetch(w_ptr, row, N, K: tl.constexpr, k0, ROWS: tl.constexpr, BYTES: tl.constexpr, PDL: tl.constexpr):
+    """Fetch the first columns from k0 on of W[row:row+ROWS], some BYTES, into L2, without waiting for them."""
     if PDL:
         LINE: tl.constexpr = 128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)        # 128 bytes
-        LINES: tl.constexpr = (PREFETCH * BK + LINE - 1) // LINE
+        LINES: tl.constexpr = triton.next_power_of_2(min((K + LINE - 1) // LINE, BYTES // (ROWS * 128)))
         rows = row + tl.arange(0, ROWS)
         kk = k0 + tl.arange(0, LINES) * LINE
         at = w_ptr + tl.minimum(rows, N - 1)[:, None].to(tl.int64) * K + tl.minimum(kk, K - 1)[None, :]

@@ -1,12 +1,14 @@
 """Skinny linear layers with everything that touches their input or output folded in.
 
 At batch 1 a linear streams its weight once (N*K elements) and moves next to nothing else, so every op that is no weight
-stream is a launch to get rid of: the residual, RMSNorm, SwiGLU, and QKV-split + RoPE + KV write go into the epilogues. Four linears and one attention are then a whole Transformer layer.
+stream is a launch to get rid of: the residual, RMSNorm, SwiGLU, and QKV-split + RoPE + KV write go into the epilogues.
+Four linears and one attention are then a whole Transformer layer.
 
 RMSNorm costs nothing: whoever writes the residual stream x also writes x times the weight of the norm that reads it next,
 and adds up the squares of each row. The reader multiplies with the former, and scales its result by the latter.
 
-Grid: one program per block of output rows (a persistent loop if fewer programs are asked for). A program computes
+Grid: one program per block of output rows, or fewer that take several blocks in turn. Blocks and steps along K are one
+loop then: the first weights of the next block are on their way while this one ends. A program computes
 W[BN, K] @ x.T[K, BM]: the weight is the left operand, so the tensor core instruction, and with it the order of every
 sum, is the same for 1 row of x and for 128. That makes decoding and verifying bit-exact:
   - the split of K depends on the shape of W alone (the width of a program, BK, stages and warps don't change the order
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.launch import Launch, dense, prefetch, wait_for_inputs
+from kernels.launch import Int8Weight, Launch, dense, prefetch, wait_for_inputs
 
 FIXED = tl.constexpr(2.0**28)           # a sum of squares is an int64 in units of 2^-28 (up to 3.4e10, overflow beyond)
 
@@ -94,25 +96,21 @@ def qkv_rope_ref(stream, norm, eps, w, cos, sin, slots, k_cache, v_cache):
 # In Triton
 
 @triton.jit
-def product(x_ptr, w_ptr, rows, M, N, K: tl.constexpr, k0, k1, BM: tl.constexpr, BK: tl.constexpr, acc):
-    """acc [BN, BM] + W[rows, k0:k1] @ x.T[k0:k1]."""
-    m = tl.arange(0, BM)
-    for k in range(k0, k1, BK):
-        kk = k + tl.arange(0, BK)
-        inside = (kk < K) if K % BK else (kk >= 0)
-        w = tl.load(w_ptr + rows[:, None].to(tl.int64) * K + kk[None, :], mask=(rows < N)[:, None] & inside[None, :],
-                    other=0.0, eviction_policy="evict_first")
-        x = tl.load(x_ptr + m[None, :] * K + kk[:, None], mask=(m < M)[None, :] & inside[:, None], other=0.0)
-        acc = tl.dot(w.to(x.dtype), x, acc, input_precision="ieee")
-    return acc
+def multiply(x_ptr, w_ptr, rows, k, M, N, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, acc):
+    """acc [BN, BM] + W[rows, k:k+BK] @ x.T[k:k+BK]."""
+    m, kk = tl.arange(0, BM), k + tl.arange(0, BK)
+    w_mask, x_mask = (rows < N)[:, None], (m < M)[None, :]
+    if K % BK:
+        w_mask, x_mask = w_mask & (kk < K)[None, :], x_mask & (kk < K)[:, None]
+    w = tl.load(w_ptr + rows[:, None].to(tl.int64) * K + kk[None, :], mask=w_mask, other=0.0, eviction_policy="evict_first")
+    x = tl.load(x_ptr + m[None, :] * K + kk[:, None], mask=x_mask, other=0.0)
+    return tl.dot(w.to(x.dtype), x, acc, input_precision="ieee")
 
 
 @triton.jit
-def rms_scale(sums_ptr, M, eps, K: tl.constexpr, BM: tl.constexpr):
-    """1 / rms of each row of x, [BM] fp32."""
-    m = tl.arange(0, BM)
-    total = tl.load(sums_ptr + m, mask=m < M, other=0).to(tl.float32) / FIXED
-    return tl.rsqrt(total / K + eps)
+def rms_scale(total, eps, K: tl.constexpr):
+    """1 / rms of each row of x, [BM] fp32, from its sums of squares."""
+    return tl.rsqrt(total.to(tl.float32) / FIXED / K + eps)
 
 
 @triton.jit
@@ -124,51 +122,84 @@ def weight_scale(acc, scale_ptr, rows, N, INT8: tl.constexpr):
 
 
 @triton.jit
-def linear_kernel(x_ptr, w_ptr, scale_ptr, residual_ptr, norm_ptr, y_ptr, weighed_ptr, sums_ptr, part_ptr, count_ptr, M, N,
-                  K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-                  INT8: tl.constexpr, ADD: tl.constexpr, PDL: tl.constexpr):
-    """y = x W^T; with ADD, + residual, and y * norm and the sums of y^2. Program p works on block p // SPLIT, part
-    p % SPLIT of K."""
+def stream_at(residual_ptr, norm_ptr, rows, M, N, BM: tl.constexpr, ADD: tl.constexpr):
+    """What a block of the stream was [BN, BM], and the next norm's weight for it [BN] (without ADD: anything)."""
     m = tl.arange(0, BM)
-    span: tl.constexpr = (K // SPLIT + 511) // 512 * 512 if SPLIT > 1 else K            # whole tiles for any BK
-    first = tl.program_id(0)
-    prefetch(w_ptr, first // SPLIT * BN, N, K, (first % SPLIT) * span, BN, BK, PDL)
+    inside = (rows < N)[:, None] & (m < M)[None, :] & ADD
+    return (tl.load(residual_ptr + m[None, :] * N + rows[:, None], mask=inside, other=0.0),
+            tl.load(norm_ptr + rows, mask=(rows < N) & ADD, other=0.0))
+
+
+@triton.jit
+def finish(y, residual, norm, scale_ptr, y_ptr, weighed_ptr, sums_ptr, rows, M, N, BM: tl.constexpr, INT8: tl.constexpr,
+           ADD: tl.constexpr):
+    """Write a block y [BN, BM] of x W^T; with ADD, of the stream: + residual, then y * norm and the sums of y^2 too."""
+    m = tl.arange(0, BM)
+    inside = (rows < N)[:, None] & (m < M)[None, :]
+    at = m[None, :] * N + rows[:, None]
+    y = weight_scale(y, scale_ptr, rows, N, INT8)
+    if ADD:
+        y += residual.to(tl.float32)
+    y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + at, y, mask=inside)
+    if ADD:
+        y = tl.where(inside, y.to(tl.float32), 0.0)
+        tl.store(weighed_ptr + at, (y * norm.to(tl.float32)[:, None]).to(y_ptr.dtype.element_ty), mask=inside)
+        tl.atomic_add(sums_ptr + m, tl.sum((y * y * FIXED).to(tl.int64), axis=0), mask=m < M, sem="relaxed")
+
+
+@triton.jit
+def linear_kernel(x_ptr, w_ptr, scale_ptr, residual_ptr, norm_ptr, y_ptr, weighed_ptr, sums_ptr, M, N, K: tl.constexpr,
+                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, INT8: tl.constexpr,
+                  ADD: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):
+    """y = x W^T, or the next stream."""
+    n = tl.arange(0, BN)
+    STEPS: tl.constexpr = (K + BK - 1) // BK
+    first, programs = tl.program_id(0), tl.num_programs(0)
+    prefetch(w_ptr, first * BN, N, K, 0, BN, PREFETCH, PDL)
     wait_for_inputs(PDL)
-    for program in range(first, tl.cdiv(N, BN) * SPLIT, tl.num_programs(0)):
-        block, part = program // SPLIT, program % SPLIT
-        rows = block * BN + tl.arange(0, BN)
-        k0 = part * span
-        inside = (rows < N)[:, None] & (m < M)[None, :]
-        at = m[None, :] * N + rows[:, None]
-        if ADD and BM == 16:                                                # asked for early, they are here when needed
-            residual = tl.load(residual_ptr + at, mask=inside, other=0.0)
-            norm = tl.load(norm_ptr + rows, mask=rows < N, other=0.0)
-        acc = product(x_ptr, w_ptr, rows, M, N, K, k0, tl.minimum(k0 + span, K), BM, BK, tl.zeros([BN, BM], tl.float32))
-        last = True
-        if SPLIT > 1:
-            tile = part_ptr + block * SPLIT * BN * BM + tl.arange(0, BN)[:, None] * BM + m[None, :]
-            tl.store(tile + part * BN * BM, acc)
-            tl.debug_barrier()                                              # all of the tile is out before we say so
-            last = tl.atomic_add(count_ptr + block, 1, sem="acq_rel") == SPLIT - 1
-            if last:
-                tl.debug_barrier()
-                acc = tl.load(tile, volatile=True)
-                for other in tl.static_range(1, SPLIT):
-                    acc += tl.load(tile + other * BN * BM, volatile=True)
-                tl.store(count_ptr + block, 0)                              # ready for the next launch
-        if last:
-            y = weight_scale(acc, scale_ptr, rows, N, INT8)
-            if ADD:
-                if BM > 16:
-                    residual = tl.load(residual_ptr + at, mask=inside, other=0.0)
-                    norm = tl.load(norm_ptr + rows, mask=rows < N, other=0.0)
-                y += residual.to(tl.float32)
-            y = y.to(y_ptr.dtype.element_ty)
-            tl.store(y_ptr + at, y, mask=inside)
-            if ADD:
-                y = tl.where(inside, y.to(tl.float32), 0.0)
-                tl.store(weighed_ptr + at, (y * norm.to(tl.float32)[:, None]).to(y_ptr.dtype.element_ty), mask=inside)
-                tl.atomic_add(sums_ptr + m, tl.sum((y * y * FIXED).to(tl.int64), axis=0), mask=m < M, sem="relaxed")
+    residual, norm = stream_at(residual_ptr, norm_ptr, first * BN + n, M, N, BM, ADD)
+    acc = tl.zeros([BN, BM], tl.float32)
+    for step in range(tl.cdiv(tl.cdiv(N, BN) - first, programs) * STEPS):
+        block = first + step // STEPS * programs
+        acc = multiply(x_ptr, w_ptr, block * BN + n, step % STEPS * BK, M, N, K, BM, BK, acc)
+        if step % STEPS == STEPS - 1:
+            finish(acc, residual, norm, scale_ptr, y_ptr, weighed_ptr, sums_ptr, block * BN + n, M, N, BM,
+                   INT8, ADD)
+            acc = tl.zeros([BN, BM], tl.float32)
+            residual, norm = stream_at(residual_ptr, norm_ptr, (block + programs) * BN + n, M, N, BM, ADD)
+
+
+@triton.jit
+def split_kernel(x_ptr, w_ptr, scale_ptr, residual_ptr, norm_ptr, y_ptr, weighed_ptr, sums_ptr, part_ptr, count_ptr, M, N,
+                 K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
+                 INT8: tl.constexpr, ADD: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):
+    """The same with SPLIT programs a block. Work p is part p % SPLIT of K of block p // SPLIT; whoever is last adds up."""
+    m, n = tl.arange(0, BM), tl.arange(0, BN)
+    SPAN: tl.constexpr = (K // SPLIT + 511) // 512 * 512                    # whole steps for any BK
+    first = tl.program_id(0)
+    prefetch(w_ptr, first // SPLIT * BN, N, K, (first % SPLIT) * SPAN, BN, PREFETCH, PDL)
+    wait_for_inputs(PDL)
+    for work in range(first, tl.cdiv(N, BN) * SPLIT, tl.num_programs(0)):
+        block, part = work // SPLIT, work % SPLIT
+        rows = block * BN + n
+        if BM == 16:                                                        # asked for early, it is here when needed
+            residual, norm = stream_at(residual_ptr, norm_ptr, rows, M, N, BM, ADD)
+        acc = tl.zeros([BN, BM], tl.float32)
+        for k in range(part * SPAN, tl.minimum(part * SPAN + SPAN, K), BK):
+            acc = multiply(x_ptr, w_ptr, rows, k, M, N, K, BM, BK, acc)
+        tile = part_ptr + block * SPLIT * BN * BM + n[:, None] * BM + m[None, :]
+        tl.store(tile + part * BN * BM, acc)
+        tl.debug_barrier()                                                  # all of the tile is out before we say so
+        if tl.atomic_add(count_ptr + block, 1, sem="acq_rel") == SPLIT - 1:
+            tl.debug_barrier()
+            acc = tl.load(tile, volatile=True)
+            for other in tl.static_range(1, SPLIT):
+                acc += tl.load(tile + other * BN * BM, volatile=True)
+            tl.store(count_ptr + block, 0)                                  # ready for the next launch
+            if BM > 16:
+                residual, norm = stream_at(residual_ptr, norm_ptr, rows, M, N, BM, ADD)
+            finish(acc, residual, norm, scale_ptr, y_ptr, weighed_ptr, sums_ptr, rows, M, N, BM, INT8, ADD)
 
 
 @triton.jit
@@ -185,66 +216,84 @@ def unpair(acc, BN: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def swiglu_kernel(x_ptr, sums_ptr, eps, w_ptr, scale_ptr, y_ptr, M, N, K: tl.constexpr, BM: tl.constexpr,
-                  BN: tl.constexpr, BK: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr):
+def swiglu_kernel(x_ptr, sums_ptr, eps, w_ptr, scale_ptr, y_ptr, M, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                  BK: tl.constexpr, INT8: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):
     """y [M, N/2] = silu(gate) * up; a block holds BN/2 gate rows and the up rows that go with them."""
     m = tl.arange(0, BM)
     half = N // 2
-    prefetch(w_ptr, tl.program_id(0) * (BN // 2), half, K, 0, BN // 2, BK, PDL)
-    prefetch(w_ptr + half * K, tl.program_id(0) * (BN // 2), half, K, 0, BN // 2, BK, PDL)
+    STEPS: tl.constexpr = (K + BK - 1) // BK
+    first, programs = tl.program_id(0), tl.num_programs(0)
+    prefetch(w_ptr, first * (BN // 2), half, K, 0, BN // 2, PREFETCH // 2, PDL)
+    prefetch(w_ptr + half * K, first * (BN // 2), half, K, 0, BN // 2, PREFETCH // 2, PDL)
     wait_for_inputs(PDL)
-    scale = rms_scale(sums_ptr, M, eps, K, BM)
-    for block in range(tl.program_id(0), tl.cdiv(half, BN // 2), tl.num_programs(0)):
+    sums = tl.load(sums_ptr + m, mask=m < M, other=0)                       # used at last: asking for it delays nothing
+    acc = tl.zeros([BN, BM], tl.float32)
+    for step in range(tl.cdiv(tl.cdiv(half, BN // 2) - first, programs) * STEPS):
+        block = first + step // STEPS * programs
         rows = paired_rows(block, half, BN)
-        acc = product(x_ptr, w_ptr, rows, M, N, K, 0, K, BM, BK, tl.zeros([BN, BM], tl.float32))
-        acc = weight_scale(acc, scale_ptr, rows, N, INT8) * scale[None, :]
-        gate, up = unpair(acc, BN, BM)
-        y = gate * tl.sigmoid(gate) * up
-        n = block * (BN // 2) + tl.arange(0, BN // 2)
-        tl.store(y_ptr + m[None, :] * half + n[:, None], y.to(y_ptr.dtype.element_ty),
-                 mask=(n < half)[:, None] & (m < M)[None, :])
+        acc = multiply(x_ptr, w_ptr, rows, step % STEPS * BK, M, N, K, BM, BK, acc)
+        if step % STEPS == STEPS - 1:
+            y = weight_scale(acc, scale_ptr, rows, N, INT8) * rms_scale(sums, eps, K)[None, :]
+            gate, up = unpair(y, BN, BM)
+            y = gate * tl.sigmoid(gate) * up
+            n = block * (BN // 2) + tl.arange(0, BN // 2)
+            tl.store(y_ptr + m[None, :] * half + n[:, None], y.to(y_ptr.dtype.element_ty),
+                     mask=(n < half)[:, None] & (m < M)[None, :])
+            acc = tl.zeros([BN, BM], tl.float32)
 
 
 @triton.jit
-def qkv_kernel(x_ptr, sums_ptr, eps, w_ptr, scale_ptr, cos_ptr, sin_ptr, slot_ptr, q_ptr, k_ptr, v_ptr,
-               M, T, H: tl.constexpr, KV: tl.constexpr, stride_b, stride_h, K: tl.constexpr, D: tl.constexpr,
-               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, INT8: tl.constexpr, PDL: tl.constexpr):
-    """q [M, H, D], and K, V in their slots; a block holds BN/2 RoPE pairs (i, i + D/2) of one head."""
+def angles_at(cos_ptr, sin_ptr, pair, M, D: tl.constexpr, BM: tl.constexpr):
+    """cos and sin of some RoPE pairs [P] of all rows: [P, BM]."""
     m = tl.arange(0, BM)
+    at, live = m[None, :] * (D // 2) + pair[:, None], (m < M)[None, :]
+    return tl.load(cos_ptr + at, mask=live, other=0.0), tl.load(sin_ptr + at, mask=live, other=0.0)
+
+
+@triton.jit
+def qkv_kernel(x_ptr, sums_ptr, eps, w_ptr, scale_ptr, cos_ptr, sin_ptr, slot_ptr, q_ptr, k_ptr, v_ptr, M, T,
+               H: tl.constexpr, KV: tl.constexpr, stride_b, stride_h, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+               BN: tl.constexpr, BK: tl.constexpr, INT8: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):
+    """q [M, H, D], and K, V in their slots; a block holds BN/2 RoPE pairs (i, i + D/2) of one head."""
+    m, pairs = tl.arange(0, BM), tl.arange(0, BN // 2)
     N: tl.constexpr = (H + 2 * KV) * D
-    per_head: tl.constexpr = D // BN
-    first = tl.program_id(0)
-    top = first // per_head * D + first % per_head * (BN // 2)
-    prefetch(w_ptr, top, N, K, 0, BN // 2, BK, PDL)
-    prefetch(w_ptr, top + D // 2, N, K, 0, BN // 2, BK, PDL)
+    BLOCKS: tl.constexpr = D // BN                                          # a head
+    STEPS: tl.constexpr = (K + BK - 1) // BK
+    first, programs = tl.program_id(0), tl.num_programs(0)
+    top = first // BLOCKS * D + first % BLOCKS * (BN // 2)
+    prefetch(w_ptr, top, N, K, 0, BN // 2, PREFETCH // 2, PDL)
+    prefetch(w_ptr, top + D // 2, N, K, 0, BN // 2, PREFETCH // 2, PDL)
     wait_for_inputs(PDL)
-    scale = rms_scale(sums_ptr, M, eps, K, BM)
-    for block in range(first, N // BN, tl.num_programs(0)):
-        head = block // per_head
-        rows = head * D + paired_rows(block % per_head, D // 2, BN)
-        acc = product(x_ptr, w_ptr, rows, M, N, K, 0, K, BM, BK, tl.zeros([BN, BM], tl.float32))
-        acc = weight_scale(acc, scale_ptr, rows, N, INT8) * scale[None, :]
-        a, b = unpair(acc.to(q_ptr.dtype.element_ty).to(tl.float32), BN, BM)
-        i = block % per_head * (BN // 2) + tl.arange(0, BN // 2)[:, None]   # pair within the head
-        live = (m < M)[None, :]
-        if head < H + KV:                                                   # q and k are rotated, v is not
-            cos = tl.load(cos_ptr + m[None, :] * (D // 2) + i, mask=live, other=0.0)
-            sin = tl.load(sin_ptr + m[None, :] * (D // 2) + i, mask=live, other=0.0)
-            a, b = a * cos - b * sin, b * cos + a * sin
-        a, b = a.to(q_ptr.dtype.element_ty), b.to(q_ptr.dtype.element_ty)
-        if head < H:
-            at = q_ptr + (m[None, :] * H + head) * D + i
-            tl.store(at, a, mask=live)
-            tl.store(at + D // 2, b, mask=live)
-        else:
-            slot = tl.load(slot_ptr + m, mask=m < M, other=0)
-            row = (m // T) * stride_b + ((head - H) % KV) * stride_h + slot * D             # [BM] int64
-            if head < H + KV:
-                tl.store(k_ptr + row[None, :] + i, a, mask=live)
-                tl.store(k_ptr + row[None, :] + i + D // 2, b, mask=live)
+    live = (m < M)[None, :]
+    sums, slot = tl.load(sums_ptr + m, mask=m < M, other=0), tl.load(slot_ptr + m, mask=m < M, other=0)
+    cos, sin = angles_at(cos_ptr, sin_ptr, first % BLOCKS * (BN // 2) + pairs, M, D, BM)
+    acc = tl.zeros([BN, BM], tl.float32)
+    for step in range(tl.cdiv(N // BN - first, programs) * STEPS):
+        block = first + step // STEPS * programs
+        head = block // BLOCKS
+        rows = head * D + paired_rows(block % BLOCKS, D // 2, BN)
+        acc = multiply(x_ptr, w_ptr, rows, step % STEPS * BK, M, N, K, BM, BK, acc)
+        if step % STEPS == STEPS - 1:
+            y = weight_scale(acc, scale_ptr, rows, N, INT8) * rms_scale(sums, eps, K)[None, :]
+            a, b = unpair(y.to(q_ptr.dtype.element_ty).to(tl.float32), BN, BM)
+            i = (block % BLOCKS * (BN // 2) + pairs)[:, None]                               # pair within the head
+            if head < H + KV:                                               # q and k are rotated, v is not
+                a, b = a * cos - b * sin, b * cos + a * sin
+            a, b = a.to(q_ptr.dtype.element_ty), b.to(q_ptr.dtype.element_ty)
+            if head < H:
+                at = q_ptr + (m[None, :] * H + head) * D + i
+                tl.store(at, a, mask=live)
+                tl.store(at + D // 2, b, mask=live)
             else:
-                tl.store(v_ptr + row[None, :] + i, a, mask=live)
-                tl.store(v_ptr + row[None, :] + i + D // 2, b, mask=live)
+                row = (m // T) * stride_b + ((head - H) % KV) * stride_h + slot * D         # [BM] int64
+                if head < H + KV:
+                    tl.store(k_ptr + row[None, :] + i, a, mask=live)
+                    tl.store(k_ptr + row[None, :] + i + D // 2, b, mask=live)
+                else:
+                    tl.store(v_ptr + row[None, :] + i, a, mask=live)
+                    tl.store(v_ptr + row[None, :] + i + D // 2, b, mask=live)
+            acc = tl.zeros([BN, BM], tl.float32)
+            cos, sin = angles_at(cos_ptr, sin_ptr, (block + programs) % BLOCKS * (BN // 2) + pairs, M, D, BM)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,24 +301,28 @@ def qkv_kernel(x_ptr, sums_ptr, eps, w_ptr, scale_ptr, cos_ptr, sin_ptr, slot_pt
 
 def linear(x, w, out_dtype=None, ctas=None):
     """As linear_ref."""
-    launch = Launch(x, w, ctas=ctas)
-    part, count = launch.scratch()
-    y = torch.empty(*x.shape[:-1], launch.N, device=x.device, dtype=out_dtype or x.dtype)
-    linear_kernel[launch.grid](
-        x, launch.weight, launch.scale, x, x, y, x, x, part, count, launch.M, launch.N, launch.K, launch.BM, launch.BN,
-        launch.BK, launch.SPLIT, launch.INT8, False, **launch.options)
+    N = len(w.scale if isinstance(w, Int8Weight) else w)
+    y = torch.empty(*x.shape[:-1], N, device=x.device, dtype=out_dtype or x.dtype)
+    launch_linear(x, w, (x, x, y, x, x), False, ctas)
     return y
 
 
 def add_linear(x, w, stream, norm, sums, ctas=None):
     """As add_linear_ref."""
-    launch = Launch(x, w, ctas=ctas)
-    part, count = launch.scratch()
     y, weighed = torch.empty_like(stream.x), torch.empty_like(stream.x)
-    linear_kernel[launch.grid](
-        x, launch.weight, launch.scale, stream.x, norm, y, weighed, sums, part, count, launch.M, launch.N, launch.K,
-        launch.BM, launch.BN, launch.BK, launch.SPLIT, launch.INT8, True, **launch.options)
+    launch_linear(x, w, (stream.x, norm, y, weighed, sums), True, ctas)
     return Stream(y, weighed, sums)
+
+
+def launch_linear(x, w, outputs, add, ctas):
+    """Launch linear_kernel or split_kernel. outputs: what stands between scale_ptr and M among their arguments."""
+    launch = Launch(x, w, ctas=ctas)
+    shape = launch.M, launch.N, launch.K, launch.BM, launch.BN, launch.BK
+    if launch.SPLIT == 1:
+        linear_kernel[launch.grid](x, launch.weight, launch.scale, *outputs, *shape, launch.INT8, add, **launch.options)
+    else:
+        split_kernel[launch.grid](x, launch.weight, launch.scale, *outputs, *launch.scratch(), *shape, launch.SPLIT,
+                                  launch.INT8, add, **launch.options)
 
 
 def swiglu_linear(stream, norm, eps, w, ctas=None):
@@ -294,6 +347,6 @@ def qkv_rope(stream, norm, eps, w, cos, sin, slots, k_cache, v_cache, ctas=None)
     q = torch.empty(B, T, H, D, device=x.device, dtype=x.dtype)
     qkv_kernel[launch.grid](
         x, stream.sums, eps, launch.weight, launch.scale, cos, sin, slots.contiguous(), q, k_cache, v_cache, launch.M, T, H,
-        KV, k_cache.stride(0), k_cache.stride(1), launch.K, D, launch.BM, launch.BN, launch.BK, launch.INT8,
-        **launch.options)
+        KV, k_cache.stride(0), k_cache.stride(1), launch.K, D, launch.BM, launch.BN, launch.BK,
+        launch.INT8, **launch.options)
     return q

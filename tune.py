@@ -30,7 +30,6 @@ from tree import Tree
 
 TOKENS = 1, 7, 16, 32, 64               # widths of a verify to measure
 BRANCHES = 8, 16, 32, 64, 128           # outcomes to measure a forward of the draft with
-ROOM = 8, 16, 32                        # streaming multiprocessors that a CTA budget leaves to the draft
 REPEATS = 5                             # of every measurement
 TRIAL = 128                             # new tokens of the short runs
 
@@ -96,11 +95,8 @@ def interpolate(points, x):
 # Measuring
 
 def cta_budgets(model):
-    """Programs to limit a target's linears to: two on all multiprocessors but a few. None of them without our kernels."""
-    if model.ops is TORCH:
-        return []
-    count = torch.cuda.get_device_properties(model.device).multi_processor_count
-    return [2 * (count - room) for room in ROOM if room < count // 2]
+    """Programs to limit a target's linears to: one a multiprocessor (see kernels.launch). None without our kernels."""
+    return [] if model.ops is TORCH else [torch.cuda.get_device_properties(model.device).multi_processor_count]
 
 
 @torch.inference_mode()

@@ -47,7 +47,7 @@ from measure.timing import Step, card, model_bytes, random_cache, random_model, 
 from model import DTYPES, LlamaConfig
 from sampling import Sampling
 from shapes import SHAPES
-from tune import choose, cta_budgets, describe, find
+from tune import choose, cta_budgets, describe, find, usual_ctas
 
 COUNTED = "tokens", "seconds", "rounds", "sequence_rounds", "accepted", "tested", "hits", "lookups", "prefill_seconds"
 SETTLE = 3              # rounds at the start of a run that aren't timed: steps run uncompiled, then are recorded
@@ -158,12 +158,15 @@ def rows_of(contestants, counted, texts, floor, groups):
     return rows
 
 
-def contestants_for(args, pair, group):
-    """{label: contestant}: ar, sd and ssd, and what --tune (on a group of prompts), --sweep or --vs-transformers add."""
+def contestants_for(args, pair, group, ctas):
+    """{label: contestant}: ar, sd and ssd, and what --tune (on a group of prompts), --sweep or --vs-transformers add.
+
+    ctas: the CTA budget of ssd's target.
+    """
     make = lambda mode, options=None, ctas=None: Contestant(pair, mode, options, args.sampling, args.max_new_tokens, ctas)
     found = {"ar": make("ar")}
     if pair.draft is not None:
-        found |= {"sd": make("sd", args.options), "ssd": make("ssd", args.options, args.ctas)}
+        found |= {"sd": make("sd", args.options), "ssd": make("ssd", args.options, ctas)}
         for what, modes, field, values in (
                 ("k", ("sd", "ssd"), "k", (2, 3, 4, 6, 8, 10)), ("fanout", ("ssd",), "fanout_budget", (4, 8, 16, 32, 64)),
                 ("tree", ("sd", "ssd"), "tree", ("8", "16", "32", "64"))):
@@ -171,7 +174,7 @@ def contestants_for(args, pair, group):
                 for value in values:
                     options = replace(args.options, **{field: value}, **({"k": 10} if what == "tree" else {}))
                     title = {"k": f"K = {value}", "fanout": f"{value} outcomes", "tree": f"tree of {value}"}[what]
-                    found[f"{mode}, {title}"] = make(mode, options, args.ctas if mode == "ssd" else None)
+                    found[f"{mode}, {title}"] = make(mode, options, ctas if mode == "ssd" else None)
         if args.tune:
             times, stats = find(pair.target, pair.draft, group, args.sampling, args.options, pair.stop_ids)
             plans = choose(times, stats, pair.draft, args.options)
@@ -180,8 +183,8 @@ def contestants_for(args, pair, group):
                 plan = plans[mode]
                 options = replace(args.options, k=plan.k, tree=plan.tree, fanout_budget=plan.fanout_budget)
                 found[f"{mode}, tuned"] = make(mode, options, plan.ctas)
-        for ctas in (None, *cta_budgets(pair.target)) if "cta" in args.sweep else ():
-            found[f"ssd, {'full grid' if ctas is None else f'{ctas} CTAs'}"] = make("ssd", args.options, ctas)
+        for most in (None, *cta_budgets(pair.target)) if "cta" in args.sweep else ():
+            found[f"ssd, {'full grid' if most is None else f'{most} CTAs'}"] = make("ssd", args.options, most)
     if args.vs_transformers:
         from measure.peers import transformers_contestants
         found |= transformers_contestants(pair, args.sampling, args.max_new_tokens, args.options.k)
@@ -206,6 +209,7 @@ def speed(args):
                 raise
             print(f"\nnot run: the embedded pair at the cost of an 8B target: {error}")
             continue
+        ctas = args.ctas or usual_ctas(pair.target, pair.draft)
         for context in args.context or [None]:
             prompts = pair.prompts if context is None else lengthened(pair.prompts, context)
             for size in args.batch:
@@ -219,18 +223,18 @@ def speed(args):
                 models = [model for model in (pair.target, pair.draft) if model is not None]
                 head = dict(pair=pair.name, synthetic=pair.accept is not None, batch=size, prompts=count,
                             prompt_tokens=[min(lengths), max(lengths)], new_tokens=args.max_new_tokens,
-                            dtype=str(args.dtype)[6:], temperature=args.sampling.temperature, ctas=args.ctas,
+                            dtype=str(args.dtype)[6:], temperature=args.sampling.temperature, ctas=ctas,
                             options=asdict(args.options), weight_bytes=weights, kv_bytes=size * cached,
                             floor_ms=1e3 * floor, repeats=args.repeats,
                             parameters=[model_bytes(model.config, args.dtype) // args.dtype.itemsize for model in models])
                 print("\n" + "\n".join(report.run_lines(head, machine)), flush=True)
                 with synthetic(pair):
-                    contestants = contestants_for(args, pair, groups[0])
+                    contestants = contestants_for(args, pair, groups[0], ctas)
                     counted, outputs = compare(contestants, groups, args.repeats, args.device)
                 head["modes"] = rows_of(contestants, counted, outputs, floor, groups)
                 if pair.draft is not None and size == 1 and args.options.tree is None:
                     stats = contestants["ssd"].stats
-                    head["parts"], head["model"] = parts(pair, stats, args.sampling, args.options, int(middle), args.ctas)
+                    head["parts"], head["model"] = parts(pair, stats, args.sampling, args.options, int(middle), ctas)
                 print("\n".join(report.mode_lines(head)), flush=True)
                 results.append(head)
     return dict(kind="speed", card=machine, runs=results)
@@ -326,7 +330,7 @@ def parse_flags(argv):
             ("--context", numbers, "N,N", None, "prompt tokens (default: prompts as they are, 128 random ones; 512 in steps)"),
             ("--rows", numbers, "N,N", [1, 8, 16, 32, 64], "tokens in a step, for --steps"),
             ("--k", int, "N", Options.k, "lookahead"), ("--tree", str, "TREE", None, "as in generate.py"),
-            ("--ctas", int, "N", None, "most programs of the target's linears in ssd: leaves room for the draft (GPU)"),
+            ("--ctas", int, "N", None, "most programs of the target's linears in ssd (GPU; default: one a multiprocessor)"),
             ("--fanout-budget", int, "N", Options.fanout_budget, "outcomes guessed in a round"),
             ("--sweep", names, "k,fanout,tree,cta", [], "also time other values of these"),
             ("--steps", names, "SHAPES", None, "time single steps with random weights"),

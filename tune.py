@@ -99,6 +99,12 @@ def cta_budgets(model):
     return [] if model.ops is TORCH else [torch.cuda.get_device_properties(model.device).multi_processor_count]
 
 
+def usual_ctas(target_model, draft_model):
+    """The CTA budget of ssd where nothing has been tuned: a limit, if both models are on one GPU."""
+    together = draft_model is not None and draft_model.device == target_model.device
+    return next(iter(cta_budgets(target_model)), None) if together else None
+
+
 @torch.inference_mode()
 def measure(target_model, draft_model, sampling=Sampling(), batch=1, context=256, k=Options.k, budget=Options.fanout_budget,
             ctas=None):

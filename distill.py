@@ -26,6 +26,7 @@ from model import Llama
 from tokenizer import Tokenizer
 
 MIN_DRAFT_VOCAB = 16
+PROMPT_MIN_P = 0.03     # prompts should vary
 HELD_OUT = 64           # prompts kept for the report where it is given none
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -53,13 +54,13 @@ def free_prompts(target, tokenizer, openings, seed, stop_ids, max_tokens=96, cha
     if not chat:
         head = [target.config.bos_id if target.config.bos_id is not None else min(stop_ids, default=0)]
         rows = sample_continuations(target, [head + tokenizer.encode(text) for text in openings], max_tokens, 1.0,
-                                    0.95, seed, stop_ids, name="prompts", **sampling)
+                                    PROMPT_MIN_P, seed, stop_ids, name="prompts", **sampling)
         lengths = torch.randint(1, max_tokens + 1, rows.end.shape, generator=torch.Generator().manual_seed(seed))
         return [row[:max(1, min(start + n, end - 1))].tolist()
                 for row, start, n, end in zip(rows.tokens, rows.start, lengths, rows.end)]
     a, b = (tokenizer.chat([{"role": "user", "content": letter}]) for letter in "ab")
     head = a[:next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)]      # the template up to the user's words
-    rows = sample_continuations(target, [head + tokenizer.encode(text) for text in openings], max_tokens, 1.0, 0.95,
+    rows = sample_continuations(target, [head + tokenizer.encode(text) for text in openings], max_tokens, 1.0, PROMPT_MIN_P,
                                 seed, stop_ids, name="prompts", **sampling)
     return [tokenizer.decode(row[len(head):end].tolist()) for row, end in zip(rows.tokens, rows.end)]
 
@@ -241,12 +242,12 @@ def parse_args(argv):
     add("--rows", help="more training text: safetensors with tokens [R, S], start [R], end [R]")
     add("--tokens", type=int, default=2_000_000, help="sample at most this many")
     add("--max-new", type=int, default=256, help="longest continuation")
-    add("--temperature", type=float, nargs="+", default=[0.0, 0.0, 0.0, 0.8], help="batches take these in turn")
-    add("--top-p", type=float, default=0.95)
+    add("--temperature", type=float, nargs="+", default=[0.0, 0.0, 0.0, 0.8], help="prompts take these in turn")
+    add("--min-p", type=float, default=0.05, help="never sample what is less likely than this times the likeliest token")
     add("--sample-batch", type=int, default=2048)
     add("--sample-minutes", type=float, help="time box of sampling")
-    add("--steps", type=int, default=2000)
-    add("--minutes", type=float, help="time box of training, instead of --steps")
+    add("--steps", type=int, help="default: 2000, or what --minutes allow")
+    add("--minutes", type=float, help="time box of training")
     add("--batch", type=int, default=128, help="rows a step")
     add("--lr", type=float, default=2e-3)
     add("--ce", type=float, default=0.0, help="weight of the cross-entropy of the target's most likely token")
@@ -273,7 +274,7 @@ def sampled_rows(args, target, tokenizer, stop_ids):
     if len(prompts) <= HELD_OUT:
         raise UserError(f"{len(prompts)} prompts that fit the context are too few: the first {HELD_OUT} are held out "
                         "for the report; give more, or shorter ones")
-    rows = sample_continuations(target, prompts[HELD_OUT:], args.max_new, args.temperature, args.top_p, args.seed,
+    rows = sample_continuations(target, prompts[HELD_OUT:], args.max_new, args.temperature, args.min_p, args.seed,
                                 minutes=args.sample_minutes, name="continuations", **room)
     return Rows(*(tensor[rows.end > rows.start] for tensor in rows)), prompts[:HELD_OUT]
 
@@ -326,7 +327,8 @@ def main(argv=None):
         tokens, top = (tokens, top) if t2d is None else (t2d[tokens], t2d[top])
         return tokens.numel(), (tokens, index, hidden, lse, top, teacher.head, d2t is not None, args.ce)
 
-    means = train(draft, distillation_loss, inputs_of, work, args.lr, args.steps, args.minutes, args.resume)
+    means = train(draft, distillation_loss, inputs_of, work, args.lr, args.steps or (None if args.minutes else 2000), args.minutes,
+                  args.resume)
     draft = draft.to(target.dtype)
     draft.save(out)
     if d2t is None:                                                         # trimmed ids mean nothing to a tokenizer

@@ -231,8 +231,8 @@ def train(model, loss_function, inputs_of, work, lr, steps=None, minutes=None, r
     """AdamW, warmup + cosine, gradient norm clipped to 1; a checkpoint a minute in `work`, also on Ctrl-C.
 
     inputs_of(step) -> (token count, inputs); loss_function(model, *inputs) -> loss, {name: 0-d tensor}. The schedule
-    follows `steps` or the clock (`minutes`), whichever is nearer its end. dynamic: shapes change between steps (for torch.compile).
-    Returns the metrics' means over the last steps.
+    follows `steps` or the clock (`minutes`), whichever is nearer its end. dynamic: shapes change between steps (for
+    torch.compile). Returns the metrics' means over the last steps.
     """
     cuda, path = model.embed.is_cuda, Path(work) / "checkpoint.pt"
     matrices = [p.requires_grad_() for p in model.parameters() if p.dim() > 1]

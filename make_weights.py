@@ -128,7 +128,7 @@ def clean(text):
         return None
     lower = [re.sub(r"\W", "", word).lower() for word in words]
     grams = Counter(zip(lower, lower[1:], lower[2:], lower[3:], lower[4:]))
-    if max(grams.values()) > 2:
+    if max(grams.values()) > 2 or grams.total() - len(grams) > 3:           # goes round in circles
         return None
     opening, rest = text[:110], text[110:]
     strangers = set(re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", rest)) - KNOWN - set(re.findall(r"[A-Z][a-z]+", opening))

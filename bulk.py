@@ -99,8 +99,8 @@ def flash():
 class Slots:
     """`batch` texts that advance together, each at a position of its own; where one ends, the next prompt moves in.
 
-    All of that is decided on the device, so a step is one CUDA graph. A prompt is fed token by token, as if it were sampled,
-    except what all prompts begin with: its K and V are in each slot since the slot's first text. See sample_continuations.
+    All of that is decided on the device, so a step is one CUDA graph. A prompt is fed token by token, except what all prompts
+    begin with: its K and V are in each slot since the slot's first text. See sample_continuations.
     """
 
     def __init__(self, model, prompts, max_new_tokens, temperature, min_p, seed, stop_ids, penalty, steer, batch):
@@ -116,8 +116,7 @@ class Slots:
         self.limit = torch.cat([self.length[:-1] + max_new_tokens, self.length[-1:]])
         self.end = self.length.clone()
         temperatures = temperature if isinstance(temperature, (list, tuple)) else [temperature]
-        self.temperature = torch.tensor(temperatures, dtype=torch.float32).repeat(self.P // len(temperatures) + 1).to(device)
-        self.temperature = F.pad(self.temperature, (0, 1))
+        self.temperature = torch.tensor(temperatures, dtype=torch.float32).repeat(self.P // len(temperatures) + 2).to(device)
         self.stops = torch.zeros(model.config.vocab_size, dtype=torch.bool)
         self.stops[sorted(stop_ids)] = True
         self.stops = self.stops.to(device)
@@ -172,9 +171,9 @@ def sample_continuations(model, prompts, max_new_tokens, temperature=0.0, min_p=
     prompts: list of token lists. temperature: a float, or a list that the prompts take in turn. min_p: leave out tokens
     less likely than this times the likeliest (Nguyen et al. 2024, https://arxiv.org/abs/2407.01082). penalty: subtracted
     from the logits of tokens that a text already holds. steer(rows, token, ended, active) -> token, ended may change what
-    was sampled for the prompts `rows` [B] (number len(prompts): none). minutes: start no text after this time. Returns Rows,
-    one a prompt (end = start for those that time didn't allow); a row ends with its stop id where it met one. What a row
-    holds depends on (prompt, seed, its number), not on the batch, but for rounding.
+    was sampled for the prompts `rows` [B] (number len(prompts): none). minutes: start no text after this time. Returns
+    Rows, one a prompt (end = start for those that time didn't allow); a row ends with its stop id where it met one. What a
+    row holds depends on (prompt, seed, its number), not on the batch, but for rounding.
     """
     total = max(map(len, prompts)) + max_new_tokens
     if total > model.config.max_context:

@@ -255,7 +255,7 @@ def prompts(args):
     """Prompts for SmolLM2: it finishes the beginnings itself, as a user would. None is taken from a benchmark."""
     smollm2, tokenizer = Llama.load(args.smollm2, device=args.device), Tokenizer.from_folder(args.smollm2)
     stops = {*tokenizer.eos_ids, *tokenizer.chat_stop_ids}
-    count = args.count or (160 if args.toy else 150_000)
+    count = args.count or (160 if args.toy else 120_000)
     openings = list(itertools.islice(templates.beginnings(random.Random(args.seed)), count))
     turns = distill.free_prompts(smollm2, tokenizer, openings, args.seed, stops, 48 if args.toy else 144,
                                  batch=args.batch, minutes=args.minutes)
@@ -265,11 +265,11 @@ def prompts(args):
 
 
 def smollm2(args):
-    """Distil the draft for SmolLM2 on its answers, three quarters of them greedy."""
+    """Distil the draft for SmolLM2 on its answers, two thirds of them greedy."""
     sizes = ("--layers 1 --dim 64 --max-new 24 --draft-vocab 512 --tokens 3000" if args.toy else
-             "--layers 2 --dim 576 --heads 6 --kv-heads 1 --ffn 832 --draft-vocab 5120 --max-new 256 --tokens 30000000")
+             "--layers 3 --dim 576 --heads 6 --kv-heads 2 --ffn 384 --draft-vocab 5504 --max-new 256 --tokens 30000000")
     distill.main([*f"--target {args.smollm2} --out {args.weights}/smollm2-draft --prompts {args.work}/prompts.jsonl "
-                  f"--chat --temperature 0 0 0 0.8 --sample-batch {args.batch} --batch 128 --lr 2e-3 --ce 0.5 "
+                  f"--chat --temperature 0 0 0.7 --sample-batch {args.batch} --batch 128 --lr 2e-3 --ce 0.5 "
                   f"--device {args.device} --report {args.work}/smollm2-draft.json {sizes}".split(),
                   "--sample-minutes", str(args.sample_minutes), "--eval-prompts", *args.eval_prompts, *args.passed_on])
 
@@ -284,7 +284,7 @@ def main(argv=None):
     add("--weights", type=Path, default=Path("weights"), help="folder for the models")
     add("--minutes", type=float, help="time box of the stage")
     add("--sample-minutes", type=float, default=1.5, help="time box of sampling in the stage smollm2")
-    add("--steps", type=int, help="training steps (default: --minutes for a draft, 4 epochs for the target)")
+    add("--steps", type=int, help="training steps (default: what --minutes allow, 4 epochs for the target at most)")
     add("--count", type=int, help="stories or prompts to sample (default: as many as time allows)")
     add("--batch", type=int, default=4096, help="rows sampled at a time")
     add("--eval-prompts", nargs="+", default=[], help="JSONL files on which smollm2-draft is measured")

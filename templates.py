@@ -169,13 +169,13 @@ def beginnings(rng):
         name = f"{rng.choice(VERBS)}_{rng.choice(NOUNS)}"
         imports = rng.choice(["from typing import List\n\n\n", "\n", "", "\n\n", "import math\n\n\n"])
         kind = rng.random()
-        if kind < 0.2:
+        if kind < 0.08:
             yield ""
-        elif kind < 0.45:
+        elif kind < 0.3:
             yield rng.choice(ASKED)
-        elif kind < 0.7:
+        elif kind < 0.63:
             yield f'{imports}def {name}({rng.choice(ARGUMENTS)}:\n    """{rng.choice(DOCS)}'
-        elif kind < 0.75:
+        elif kind < 0.68:
             yield rng.choice(("Write a Python function that", "Write a Python function to", "Write a Python program",
                               "Create a function"))
         else:

@@ -73,8 +73,9 @@ def dense_hidden(model, tokens):
         q, k = rotate(qk, cos, sin).split([c.n_heads, c.n_kv_heads], dim=2)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))                    # [B, heads, T, D]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
-    kernels = tokens.is_cuda and not torch.is_grad_enabled()                # torch.compile fuses the twins, too
-    return forward(model, tokens, attention, *(rows.TRITON if kernels else rows.TORCH)[:2])
+    if tokens.is_cuda and not torch.is_grad_enabled():                      # in training torch.compile fuses the twins
+        return forward(model, tokens, attention, rows.add_norm, rows.swiglu)
+    return forward(model, tokens, attention, rows.add_norm_ref, rows.swiglu_ref)
 
 
 def forward(model, tokens, attention, add_norm, swiglu):
@@ -132,7 +133,7 @@ class Slots:
         """One token for each slot. What a failed kernel leaves behind can be stepped again: the state changes last."""
         row, at, cache = self.row, self.at, self.cache
         attention = lambda qkv, i: self.ops.attend(qkv, at, self.model.freqs, cache.k[i], cache.v[i])
-        hidden = forward(self.model, self.text[row, at], attention, *self.ops[:2])      # [B, dim]
+        hidden = forward(self.model, self.text[row, at], attention, self.ops.add_norm, self.ops.swiglu)      # [B, dim]
         logits = F.linear(hidden, self.model.head)                          # [B, V]
         token = self.ops.choose(logits, self.text, row, at, self.temperature, self.min_p, self.penalty, self.seed)
         new = at + 1
@@ -147,7 +148,7 @@ class Slots:
         fresh = (self.next + over.cumsum(0) - 1).clamp(max=self.P)
         self.next += over.sum()
         self.row.copy_(torch.where(over, fresh, row))
-        self.at.copy_(torch.where(over, self.common, new))
+        self.at.copy_(new.masked_fill(over, self.common))
 
     def advance(self, steps):
         """`steps` steps, as well as this machine can: kernels in a CUDA graph, kernels, plain torch."""

@@ -58,7 +58,7 @@ class Plots:
         cued = active & (fed < self.bounds[rows, part])                     # in the middle of a cue
         token = torch.where(cued, self.queue[rows, fed], token)
         inside = (self.inside[rows] + self.quotes[token] * active) % 2
-        since = torch.where(cued, 0, self.since[rows] + active)
+        since = (self.since[rows] + active).masked_fill(cued, 0)
         turn = self.sentence_end[token] & (inside == 0) & (since >= self.pace[rows]) & active & ~cued
         self.fed[rows], self.inside[rows], self.since[rows] = fed + cued, inside, since
         self.part[rows] = part + ((turn | (ended & active & ~cued)) & (part < last))

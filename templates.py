@@ -68,7 +68,7 @@ WISHES = (
     "One night, {name} dreamed of a {thing}.", "{name} and a {helper} were looking for a {thing}.",
     "There was a {thing} on the table.", "{name} had lost a {thing}.",
     "One afternoon, {name} wanted to make a {thing}.", "A {helper} asked {name} to bring a {thing}.",
-    "Today {name} wanted to learn something new.", "{name} was afraid of the dark.",
+    "Today {name} wanted to learn how to make a {thing}.", "{name} always took a {thing} to bed.",
     "{name} hid a {thing} under the bed.")
 TROUBLES = (
     "But then the {thing} was gone, and {name} felt {feeling}.", "Then {name} met a {helper}.",

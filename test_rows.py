@@ -1,8 +1,12 @@
 """kernels/rows.py against its plain-torch twins, in Triton's interpreter where no GPU is."""
+import random
+
 import pytest
 import torch
 
+import bulk
 from kernels import rows
+from model import Llama, LlamaConfig
 
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 TOLERANCE = dict(rtol=2e-2, atol=2e-2) if DTYPE == torch.bfloat16 else dict(rtol=1e-4, atol=1e-5)
@@ -51,3 +55,19 @@ def test_choose(min_p, penalty):
     assert torch.equal(rows.choose(logits, *args), want) and torch.equal(logits, twin)
     greedy = temperature[row] == 0
     assert torch.equal(want[greedy], twin.argmax(-1)[greedy])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no CUDA GPU: no graph to record")
+def test_sampling_by_kernels_in_a_graph_is_that_of_plain_torch(capsys):
+    config = LlamaConfig(vocab_size=5000, dim=96, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=16, ffn_dim=64,
+                         max_context=256, tie_embeddings=True, dtype=torch.float32)
+    rng, texts = random.Random(0), []
+    prompts = [[3, 1] + [rng.randrange(5000) for _ in range(rng.randrange(1, 90))] for _ in range(300)]
+    for device in ("cpu", "cuda"):
+        model = Llama.random(config, 1, device)
+        texts.append(bulk.sample_continuations(model, prompts, 60, [0.0, 0.8], 0.05, 5, range(0, 5000, 90), 0.3, batch=100))
+    captured = capsys.readouterr()
+    assert "without" not in captured.err
+    same = sum(torch.equal(a[:n], b[:m]) for a, b, n, m in zip(texts[0].tokens, texts[1].tokens, texts[0].end, texts[1].end))
+    assert same > 0.9 * len(prompts)                                        # but for near ties

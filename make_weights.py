@@ -271,7 +271,8 @@ def smollm2(args):
     distill.main([*f"--target {args.smollm2} --out {args.weights}/smollm2-draft --prompts {args.work}/prompts.jsonl "
                   f"--chat --temperature 0 0 0.7 --sample-batch {args.batch} --batch 128 --lr 2e-3 --ce 0.5 "
                   f"--device {args.device} --report {args.work}/smollm2-draft.json {sizes}".split(),
-                  "--sample-minutes", str(args.sample_minutes), "--eval-prompts", *args.eval_prompts, *args.passed_on])
+                  "--sample-minutes", str(args.sample_minutes),
+                  *(["--eval-prompts", *args.eval_prompts] if args.eval_prompts else []), *args.passed_on])
 
 
 def main(argv=None):

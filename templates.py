@@ -166,7 +166,9 @@ def beginnings(rng):
     while True:
         n = rng.choice([rng.randint(2, 20), rng.randint(10, 100), 1000])
         words = dict(name=rng.choice(NAMES), other=rng.choice(NAMES), n=n)
-        name = f"{rng.choice(VERBS)}_{rng.choice(NOUNS)}"
+        verb, noun = rng.choice(VERBS), rng.choice(NOUNS)
+        name = f"{verb}_{noun}"
+        examples = f" {verb.capitalize()} the {noun.replace('_', ' ')} and return the result.\n    >>> {name}("
         imports = rng.choice(["from typing import List\n\n\n", "\n", "", "\n\n", "import math\n\n\n"])
         kind = rng.random()
         if kind < 0.08:
@@ -174,7 +176,7 @@ def beginnings(rng):
         elif kind < 0.3:
             yield rng.choice(ASKED)
         elif kind < 0.63:
-            yield f'{imports}def {name}({rng.choice(ARGUMENTS)}:\n    """{rng.choice(DOCS)}'
+            yield f'{imports}def {name}({rng.choice(ARGUMENTS)}:\n    """{rng.choice([*DOCS, *[examples] * 6])}'
         elif kind < 0.68:
             yield rng.choice(("Write a Python function that", "Write a Python function to", "Write a Python program",
                               "Create a function"))

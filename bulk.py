@@ -1,14 +1,13 @@
 """
 Work in bulk: thousands of texts at a time for training, where the rest of this project is about one step's latency.
 
-A dense forward (no tree, no mask, differentiable), sampling of continuations in big batches, and a training loop.
-distill.py and make_weights.py are written on top.
+A dense forward (no tree, no mask, differentiable), sampling of continuations in big batches with the kernels of
+kernels/rows.py, and a training loop. distill.py and make_weights.py are written on top.
 
 Shapes: B rows, T tokens, D head_dim, V vocabulary.
 """
-import functools
+import itertools
 import math
-import random
 import signal
 import sys
 import time
@@ -22,11 +21,13 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from errors import UserError
+from graphs import Graphs
+from kernels import rows
 from kernels.linear import rotate
 from model import KVCache, Llama
 
-NUCLEUS = 256           # top-p is taken among this many most likely tokens: a sort of the whole vocabulary is slow
-CHECK_EVERY = 32        # sampled tokens between two looks (host syncs) at which rows have ended
+CHECK_EVERY = 32        # steps of sampling between two looks (host syncs) at how far it is
+TELL_EVERY = 10         # seconds
 LOG_EVERY = 50          # steps
 
 
@@ -56,55 +57,38 @@ def concatenate(a, b):
 # ---------------------------------------------------------------------------------------------------------------------
 # Forward and sampling
 
-@functools.cache
-def compiled(f):
-    return torch.compile(f, dynamic=True)
+def dense_hidden(model, tokens):
+    """The forward of training: whole rows from position 0, so nothing is masked.
 
-
-def fused(f, *args):
-    """f(*args): while sampling on a GPU as one compiled kernel (training compiles the whole loss anyway)."""
-    return compiled(f)(*args) if args[0].is_cuda and not torch.is_grad_enabled() else f(*args)
-
-
-def add_norm(x, y, weight, eps):
-    """x + y, and that normed."""
-    x = x + y
-    return x, F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
-
-
-def swiglu(x):
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def dense_hidden(model, tokens, cache=None, start=0):
-    """The forward of training and of mass sampling: every row stands at the same position, so nothing is masked.
-
-    Differentiable, plain torch, equal to Llama.forward + final norm. tokens [B, T] at positions start..start+T-1 (T = 1
-    where start > 0). cache: a KVCache that takes the K and V. Returns hidden [B, T, dim] after the final norm.
+    Differentiable, plain torch, equal to Llama.forward + final norm. tokens [B, T]. Returns hidden [B, T, dim] after the
+    final norm.
     """
     c = model.config
     B, T = tokens.shape
-    angles = torch.arange(start, start + T, device=tokens.device)[None, :, None] * model.freqs      # [1, T, D/2]
+    angles = torch.arange(T, device=tokens.device)[None, :, None] * model.freqs     # [1, T, D/2]
     cos, sin = angles.cos(), angles.sin()
-    x = F.embedding(tokens, model.embed)                                    # [B, T, dim]
+
+    def attention(qkv, i):
+        qk, v = qkv.view(B, T, -1, c.head_dim).split([c.n_heads + c.n_kv_heads, c.n_kv_heads], dim=2)
+        q, k = rotate(qk, cos, sin).split([c.n_heads, c.n_kv_heads], dim=2)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))                    # [B, heads, T, D]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+    if tokens.is_cuda and not torch.is_grad_enabled():                      # in training torch.compile fuses the twins
+        return forward(model, tokens, attention, rows.add_norm, rows.swiglu)
+    return forward(model, tokens, attention, rows.add_norm_ref, rows.swiglu_ref)
+
+
+def forward(model, tokens, attention, add_norm, swiglu):
+    """tokens [...] -> hidden [..., dim] after the final norm; attention(qkv [..., (H + 2 KV) D], layer) -> [..., H D].
+    add_norm, swiglu: of kernels.rows."""
+    c = model.config
+    x = F.embedding(tokens, model.embed)                                    # [..., dim]
     h = F.rms_norm(x, (c.dim,), model.layers[0].attn_norm.to(x.dtype), c.norm_eps)
     norms = [layer.attn_norm for layer in model.layers[1:]] + [model.norm]  # what follows each layer
     for i, (layer, next_norm) in enumerate(zip(model.layers, norms)):
-        qkv = F.linear(h, layer.wqkv).view(B, T, -1, c.head_dim)
-        qk, v = qkv.split([c.n_heads + c.n_kv_heads, c.n_kv_heads], dim=2)
-        q, k = fused(rotate, qk, cos, sin).split([c.n_heads, c.n_kv_heads], dim=2)
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))                    # [B, heads, T, D]
-        if cache is not None:
-            cache.k[i, :, :, start:start + T], cache.v[i, :, :, start:start + T] = k, v
-            k, v = cache.k[i, :, :, :start + T], cache.v[i, :, :, :start + T]
-        if T == 1:      # all query heads of a KV head see the same keys: as rows of one product, K and V are read once
-            y = F.scaled_dot_product_attention(q.reshape(B, c.n_kv_heads, -1, c.head_dim), k, v).view(B, 1, -1)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
-        x, h = fused(add_norm, x, F.linear(y, layer.wo), layer.mlp_norm, c.norm_eps)
-        h = F.linear(fused(swiglu, F.linear(h, layer.w_gate_up)), layer.w_down)
-        x, h = fused(add_norm, x, h, next_norm, c.norm_eps)
+        x, h = add_norm(x, F.linear(attention(F.linear(h, layer.wqkv), i), layer.wo), layer.mlp_norm, c.norm_eps)
+        h = F.linear(swiglu(F.linear(h, layer.w_gate_up)), layer.w_down)
+        x, h = add_norm(x, h, next_norm, c.norm_eps)
     return h
 
 
@@ -113,93 +97,105 @@ def flash():
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
-def pick(logits, temperature, top_p, generator):
-    """One token a row, logits [B, V] -> [B]: argmax, or a sample by a race of exponentials (no host sync)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    ids = None
-    if top_p < 1:
-        logits, ids = logits.topk(min(NUCLEUS, logits.shape[-1]))           # sorted, most likely first
-    p = F.softmax(logits.float() / temperature, dim=-1)
-    if top_p < 1:
-        p = p * (p.cumsum(-1) - p < top_p)
-    choice = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)
-    return (choice if ids is None else ids.gather(1, choice))[:, 0]
+class Slots:
+    """`batch` texts that advance together, each at a position of its own; where one ends, the next prompt moves in.
+
+    All of that is decided on the device, so a step is one CUDA graph. A prompt is fed token by token, except what all prompts
+    begin with: its K and V are in each slot since the slot's first text. See sample_continuations.
+    """
+
+    def __init__(self, model, prompts, max_new_tokens, temperature, min_p, seed, stop_ids, penalty, steer, batch):
+        device, self.model, self.P = model.device, model, len(prompts)
+        self.min_p, self.penalty, self.seed, self.steer = min_p, penalty, seed * 1_000_003, steer
+        length = torch.tensor([len(prompt) for prompt in prompts] + [0])
+        S = int(length.max()) + max_new_tokens
+        text = torch.zeros(self.P + 1, S, dtype=torch.int32)                # the last row is for slots without a text
+        text[torch.arange(S) < length[:, None]] = torch.tensor([*itertools.chain.from_iterable(prompts)], dtype=torch.int32)
+        low, high = min(prompts), max(prompts)                              # what these two share, all do
+        self.common = next((i for i, (a, b) in enumerate(zip(low[:-1], high[:-1])) if a != b), min(len(low), len(high)) - 1)
+        self.text, self.length = text.to(device), length.to(device)
+        self.limit = torch.cat([self.length[:-1] + max_new_tokens, self.length[-1:]])
+        self.end = self.length.clone()
+        temperatures = temperature if isinstance(temperature, (list, tuple)) else [temperature]
+        self.temperature = torch.tensor(temperatures, dtype=torch.float32).repeat(self.P // len(temperatures) + 2).to(device)
+        self.stops = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+        self.stops[sorted(stop_ids)] = True
+        self.stops = self.stops.to(device)
+        B = min(batch, self.P)
+        self.cache = KVCache(model.config, B, S, device, model.dtype)
+        self.row = torch.arange(B, device=device)                           # each slot's text
+        self.at = torch.zeros(B, dtype=torch.int64, device=device)          # position of the token that is fed next
+        self.next = torch.full((), B, device=device)                        # the next prompt
+        kernels = device.type == "cuda" and model.config.head_dim & (model.config.head_dim - 1) == 0
+        self.ops, self.graphs = rows.TRITON if kernels else rows.TORCH, Graphs(device.type == "cuda")
+
+    def step(self):
+        """One token for each slot. What a failed kernel leaves behind can be stepped again: the state changes last."""
+        row, at, cache = self.row, self.at, self.cache
+        attention = lambda qkv, i: self.ops.attend(qkv, at, self.model.freqs, cache.k[i], cache.v[i])
+        hidden = forward(self.model, self.text[row, at], attention, self.ops.add_norm, self.ops.swiglu)      # [B, dim]
+        logits = F.linear(hidden, self.model.head)                          # [B, V]
+        token = self.ops.choose(logits, self.text, row, at, self.temperature, self.min_p, self.penalty, self.seed)
+        new = at + 1
+        active = new >= self.length[row]                                    # the others still read their prompt
+        token = torch.where(active, token, self.text[row, new].long())
+        ended = self.stops[token] & active
+        if self.steer:
+            token, ended = self.steer(row, token, ended, active)
+        over = ended & active | (new + 1 >= self.limit[row])
+        self.text[row, new] = token.int()
+        self.end[row] = torch.where(over, new + 1, self.end[row])
+        fresh = (self.next + over.cumsum(0) - 1).clamp(max=self.P)
+        self.next += over.sum()
+        self.row.copy_(torch.where(over, fresh, row))
+        self.at.copy_(new.masked_fill(over, self.common))
+
+    def advance(self, steps):
+        """`steps` steps, as well as this machine can: kernels in a CUDA graph, kernels, plain torch."""
+        while steps:
+            try:
+                self.graphs(self.step)
+                steps -= 1
+            except Exception as error:
+                if self.ops is rows.TORCH and not self.graphs.on:
+                    raise
+                what = "the CUDA graph" if self.graphs.on else "the Triton kernels"
+                print(f"sampling goes on without {what}: {error!r}"[:500], file=sys.stderr, flush=True)
+                self.graphs.on, self.ops = False, self.ops if self.graphs.on else rows.TORCH
 
 
 @torch.inference_mode()
-def sample_continuations(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, seed=0, stop_ids=(), penalty=0.0,
+def sample_continuations(model, prompts, max_new_tokens, temperature=0.0, min_p=0.0, seed=0, stop_ids=(), penalty=0.0,
                          steer=None, batch=2048, minutes=None, name="sampling"):
-    """Continue thousands of prompts at a time.
+    """Continue thousands of prompts, `batch` of them at a time.
 
-    Rows of a batch advance together, one position a step, from the shortest prompt's end; a longer prompt's remaining
-    tokens are fed instead of sampled, so there is no padding and no mask. Rows that ended leave the batch.
-
-    prompts: list of token lists. temperature: a float, or a list that the batches take in turn. penalty: subtracted
-    from the logits of tokens that a row already holds. steer(group, device), for the prompts `group` of a batch, returns
-    step(rows, token, ended, active) -> token, ended, which may change what was sampled. minutes: start no batch after
-    this time. Returns Rows, one a prompt (end = start for those that time didn't allow); a row ends with its stop id
-    where it met one.
+    prompts: list of token lists. temperature: a float, or a list that the prompts take in turn. min_p: leave out tokens
+    less likely than this times the likeliest (Nguyen et al. 2024, https://arxiv.org/abs/2407.01082). penalty: subtracted
+    from the logits of tokens that a text already holds. steer(rows, token, ended, active) -> token, ended may change what
+    was sampled for the prompts `rows` [B] (number len(prompts): none). minutes: start no text after this time. Returns
+    Rows, one a prompt (end = start for those that time didn't allow); a row ends with its stop id where it met one. What a
+    row holds depends on (prompt, seed, its number), not on the batch, but for rounding.
     """
-    temperatures = temperature if isinstance(temperature, (list, tuple)) else [temperature]
-    device, V, total = model.device, model.config.vocab_size, max(map(len, prompts)) + max_new_tokens
+    total = max(map(len, prompts)) + max_new_tokens
     if total > model.config.max_context:
         raise UserError(f"the longest prompt and {max_new_tokens} new tokens are {total} tokens, "
                         f"the target's context is {model.config.max_context}; shorten the prompts or --max-new")
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))      # equal lengths share a batch
-    groups = [order[i:i + batch] for i in range(0, len(order), batch)]
-    random.Random(seed).shuffle(groups)                                     # so that a time limit keeps all lengths
-    cache = KVCache(model.config, min(batch, len(prompts)), total, device, model.dtype)
-    base_k, base_v = cache.k, cache.v
-    stops = torch.tensor(sorted(stop_ids), device=device)
-    tokens = torch.zeros(len(prompts), total, dtype=torch.int32)
+    slots = Slots(model, prompts, max_new_tokens, temperature, min_p, seed, stop_ids, penalty, steer, batch)
     start = torch.tensor([len(prompt) for prompt in prompts])
-    end = start.clone()
-    began, made = time.time(), 0
-    for g, group in enumerate(groups):
-        if minutes is not None and time.time() - began > 60 * minutes:
-            break
-        B, first, last = len(group), len(prompts[group[0]]), len(prompts[group[-1]]) + max_new_tokens
-        cache.k, cache.v = base_k[:, :B], base_v[:, :B]
-        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + g)
-        text = torch.tensor([prompts[i] + [0] * (last - len(prompts[i])) for i in group]).to(device)     # [B, last]
-        length = torch.tensor([len(prompts[i]) for i in group]).to(device)
-        stop_at = length + max_new_tokens                                   # becomes the row's end
-        rows = torch.arange(B, device=device)                               # the rows of `text` still in the batch
-        fine = torch.zeros(B, V, dtype=model.dtype, device=device).scatter_(1, text[:, :first], penalty) if penalty else None
-        step = steer(group, device) if steer else None
-        with flash():
-            hidden = dense_hidden(model, text[:, :first], cache)[:, -1]
-            for t in range(first, last):
-                logits = F.linear(hidden, model.head)                       # [rows, V]
-                if penalty:
-                    logits -= fine
-                token = pick(logits, temperatures[g % len(temperatures)], top_p, generator)
-                active = t >= length[rows]                                  # the others still read their prompt
-                token = torch.where(active, token, text[rows, t])
-                ended = torch.isin(token, stops)
-                if step:
-                    token, ended = step(rows, token, ended, active)
-                text[rows, t] = token
-                if penalty:
-                    fine.scatter_(1, token[:, None], penalty)
-                stop_at[rows] = torch.where(ended & active & (t < stop_at[rows]), t + 1, stop_at[rows])
-                if t % CHECK_EVERY == 0:
-                    alive = (t + 1 < stop_at[rows]).nonzero()[:, 0]
-                    if len(alive) == 0:
-                        break
-                    if len(alive) < 0.8 * len(rows):
-                        cache.keep(alive.tolist())
-                        rows, token = rows[alive], token[alive]
-                        fine = fine[alive] if penalty else None
-                hidden = dense_hidden(model, token[:, None], cache, t)[:, -1]
-        tokens[group, :last] = text.int().cpu()
-        end[group] = stop_at.cpu()
-        made += int((end[group] - start[group]).sum())
-        seconds = time.time() - began
-        print(f"{name}: batch {g + 1}/{len(groups)}, {made:,} tokens, {made / seconds:,.0f} tok/s, "
-              f"{seconds * (len(groups) / (g + 1) - 1):.0f} s left", flush=True)
-    return Rows(tokens, start, end)
+    began = told = time.time()
+    with flash():
+        while True:
+            slots.advance(CHECK_EVERY)
+            working, asked = (slots.row < slots.P).any().item(), slots.next.item()
+            seconds = time.time() - began
+            if minutes is not None and seconds > 60 * minutes:
+                slots.next.fill_(slots.P)
+            if not working or time.time() - told > TELL_EVERY:
+                made, told = int((slots.end[:-1].cpu() - start).sum()), time.time()
+                print(f"{name}: {min(asked, slots.P):,} of {slots.P:,} texts begun or done, {made:,} tokens, "
+                      f"{made / seconds:,.0f} tok/s in {seconds:.0f} s", flush=True)
+            if not working:
+                return Rows(slots.text[:-1].cpu(), start, slots.end[:-1].cpu())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,8 +231,8 @@ def train(model, loss_function, inputs_of, work, lr, steps=None, minutes=None, r
     """AdamW, warmup + cosine, gradient norm clipped to 1; a checkpoint a minute in `work`, also on Ctrl-C.
 
     inputs_of(step) -> (token count, inputs); loss_function(model, *inputs) -> loss, {name: 0-d tensor}. The schedule
-    follows `steps`, or the clock where `minutes` is given. dynamic: shapes change between steps (for torch.compile).
-    Returns the metrics' means over the last steps.
+    follows `steps` or the clock (`minutes`), whichever is nearer its end. dynamic: shapes change between steps (for
+    torch.compile). Returns the metrics' means over the last steps.
     """
     cuda, path = model.embed.is_cuda, Path(work) / "checkpoint.pt"
     matrices = [p.requires_grad_() for p in model.parameters() if p.dim() > 1]
@@ -266,7 +262,7 @@ def train(model, loss_function, inputs_of, work, lr, steps=None, minutes=None, r
         summed = 0
         while True:
             spent = time.time() - began
-            progress = step / steps if minutes is None else spent / (60 * minutes)
+            progress = max(step / steps if steps else 0, spent / (60 * minutes) if minutes else 0)
             if stop or progress >= 1 or time.time() - saved > 60:
                 saved = time.time()
                 torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,

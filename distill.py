@@ -26,6 +26,7 @@ from model import Llama
 from tokenizer import Tokenizer
 
 MIN_DRAFT_VOCAB = 16
+PROMPT_MIN_P = 0.03     # prompts should vary
 HELD_OUT = 64           # prompts kept for the report where it is given none
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -50,18 +51,18 @@ def free_prompts(target, tokenizer, openings, seed, stop_ids, max_tokens=96, cha
 
     openings: one string a prompt, often "": the beginning of the turn. Returns texts (chat) or token lists.
     """
-    if not chat:
+    if chat:
+        a, b = (tokenizer.chat([{"role": "user", "content": letter}]) for letter in "ab")
+        head = a[:next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)]  # the template up to the user's words
+    else:
         head = [target.config.bos_id if target.config.bos_id is not None else min(stop_ids, default=0)]
-        rows = sample_continuations(target, [head + tokenizer.encode(text) for text in openings], max_tokens, 1.0,
-                                    0.95, seed, stop_ids, name="prompts", **sampling)
-        lengths = torch.randint(1, max_tokens + 1, rows.end.shape, generator=torch.Generator().manual_seed(seed))
-        return [row[:max(1, min(start + n, end - 1))].tolist()
-                for row, start, n, end in zip(rows.tokens, rows.start, lengths, rows.end)]
-    a, b = (tokenizer.chat([{"role": "user", "content": letter}]) for letter in "ab")
-    head = a[:next(i for i, (x, y) in enumerate(zip(a, b)) if x != y)]      # the template up to the user's words
-    rows = sample_continuations(target, [head + tokenizer.encode(text) for text in openings], max_tokens, 1.0, 0.95,
-                                seed, stop_ids, name="prompts", **sampling)
-    return [tokenizer.decode(row[len(head):end].tolist()) for row, end in zip(rows.tokens, rows.end)]
+    rows = sample_continuations(target, [head + tokenizer.encode(text) for text in openings], max_tokens, 1.0,
+                                PROMPT_MIN_P, seed, stop_ids, name="prompts", **sampling)
+    if chat:
+        return [tokenizer.decode(row[len(head):end].tolist()) for row, end in zip(rows.tokens, rows.end)]
+    lengths = torch.randint(1, max_tokens + 1, rows.end.shape, generator=torch.Generator().manual_seed(seed))
+    return [row[:max(1, min(start + n, end - 1))].tolist()
+            for row, start, n, end in zip(rows.tokens, rows.start, lengths, rows.end)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,8 +109,7 @@ class Batches:
         rows = self.order[i]
         start, end = self.rows.start[rows, None], self.rows.end[rows, None]
         L = min(-(-int(end.max()) // 64) * 64, self.rows.tokens.shape[1])
-        where = torch.arange(L)
-        own = (where >= start - 1) & (where < end - 1)                      # position i predicts token i + 1
+        own = ((where := torch.arange(L)) >= start - 1) & (where < end - 1)         # position i predicts token i + 1
         ids = (self.offset[rows, None] + where - (start - 1))[own]
         return rows, self.rows.tokens[rows, :L].long(), own.flatten().nonzero()[:, 0], ids
 
@@ -176,7 +176,7 @@ def distillation_loss(draft, tokens, index, hidden, lse, top, head, trimmed, ce)
 # Report
 
 @torch.inference_mode()
-def ranks_on_greedy_text(target, draft, prompts, max_new_tokens, stop_ids, batch=64):
+def ranks_on_greedy_text(target, draft, prompts, max_new_tokens, stop_ids, batch=512):
     """For each prompt, for each token of the target's greedy answer: how many tokens the draft ranks above it."""
     rows = sample_continuations(target, prompts, max_new_tokens, stop_ids=stop_ids, batch=batch, name="greedy answers")
     t2d, first = to_draft_ids(draft.d2t, target.config.vocab_size), int(draft.d2t is not None)
@@ -241,12 +241,12 @@ def parse_args(argv):
     add("--rows", help="more training text: safetensors with tokens [R, S], start [R], end [R]")
     add("--tokens", type=int, default=2_000_000, help="sample at most this many")
     add("--max-new", type=int, default=256, help="longest continuation")
-    add("--temperature", type=float, nargs="+", default=[0.0, 0.0, 0.0, 0.8], help="batches take these in turn")
-    add("--top-p", type=float, default=0.95)
+    add("--temperature", type=float, nargs="+", default=[0.0, 0.0, 0.0, 0.8], help="prompts take these in turn")
+    add("--min-p", type=float, default=0.05, help="never sample what is less likely than this times the likeliest token")
     add("--sample-batch", type=int, default=2048)
     add("--sample-minutes", type=float, help="time box of sampling")
-    add("--steps", type=int, default=2000)
-    add("--minutes", type=float, help="time box of training, instead of --steps")
+    add("--steps", type=int, help="default: 2000, or what --minutes allow")
+    add("--minutes", type=float, help="time box of training")
     add("--batch", type=int, default=128, help="rows a step")
     add("--lr", type=float, default=2e-3)
     add("--ce", type=float, default=0.0, help="weight of the cross-entropy of the target's most likely token")
@@ -273,7 +273,7 @@ def sampled_rows(args, target, tokenizer, stop_ids):
     if len(prompts) <= HELD_OUT:
         raise UserError(f"{len(prompts)} prompts that fit the context are too few: the first {HELD_OUT} are held out "
                         "for the report; give more, or shorter ones")
-    rows = sample_continuations(target, prompts[HELD_OUT:], args.max_new, args.temperature, args.top_p, args.seed,
+    rows = sample_continuations(target, prompts[HELD_OUT:], args.max_new, args.temperature, args.min_p, args.seed,
                                 minutes=args.sample_minutes, name="continuations", **room)
     return Rows(*(tensor[rows.end > rows.start] for tensor in rows)), prompts[:HELD_OUT]
 
@@ -283,7 +283,7 @@ def main(argv=None):
     out, work = Path(args.out), Path(f"{args.out}.work")
     target = Llama.load(args.target, device=args.device)
     tokenizer = Tokenizer.from_folder(args.target)
-    c, V = target.config, target.config.vocab_size
+    c, V, steps = target.config, target.config.vocab_size, args.steps or (None if args.minutes else 2000)
     if args.draft_vocab is not None and not MIN_DRAFT_VOCAB <= args.draft_vocab <= V:
         raise UserError(f"--draft-vocab {args.draft_vocab} is out of range: expected {MIN_DRAFT_VOCAB} to {V}, the target's")
     evaluations = {path: read_prompts(path, tokenizer, args.chat) for path in args.eval_prompts}
@@ -314,8 +314,7 @@ def main(argv=None):
                      ffn_dim=args.ffn or -(-args.dim * 8 // 3 // 64) * 64, tie_embeddings=True,
                      target_vocab_size=V if args.draft_vocab else None)
     draft = new_model(config, args.seed, target.device, d2t, target)
-    sampled = int((rows.end - rows.start).sum())
-    size = sum(p.numel() for p in draft.parameters())
+    sampled, size = int((rows.end - rows.start).sum()), sum(p.numel() for p in draft.parameters())
     print(f"draft: {size:,} parameters; {sampled:,} tokens to learn from", flush=True)
     batches, teacher, t2d = Batches(rows, args.batch, args.seed), Teacher(target, rows, d2t), to_draft_ids(d2t, V)
 
@@ -326,7 +325,7 @@ def main(argv=None):
         tokens, top = (tokens, top) if t2d is None else (t2d[tokens], t2d[top])
         return tokens.numel(), (tokens, index, hidden, lse, top, teacher.head, d2t is not None, args.ce)
 
-    means = train(draft, distillation_loss, inputs_of, work, args.lr, args.steps, args.minutes, args.resume)
+    means = train(draft, distillation_loss, inputs_of, work, args.lr, steps, args.minutes, args.resume)
     draft = draft.to(target.dtype)
     draft.save(out)
     if d2t is None:                                                         # trimmed ids mean nothing to a tokenizer

@@ -42,31 +42,27 @@ from tokenizer import Tokenizer
 class Plots:
     """Steers sampling: a cue is fed at the first end of a sentence after `pace` tokens; the text ends after the last."""
 
-    def __init__(self, cues, pace, tokenizer):
-        self.cues, self.pace = cues, pace
+    def __init__(self, cues, pace, tokenizer, device="cpu"):
         pieces = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
-        self.sentence_end = torch.tensor([piece.rstrip('" \n').endswith((".", "!", "?")) for piece in pieces])
-        self.quotes = torch.tensor([piece.count('"') % 2 for piece in pieces])
-
-    def __call__(self, group, device):
+        self.sentence_end = torch.tensor([piece.rstrip('" \n').endswith((".", "!", "?")) for piece in pieces]).to(device)
+        self.quotes = torch.tensor([piece.count('"') % 2 for piece in pieces]).to(device)
+        cues = [*cues, []]                                                  # the last is for rows without a text
         pad = lambda lists: torch.tensor([row + [0] * (max(map(len, lists)) - len(row)) for row in lists]).to(device)
-        queue = pad([sum(self.cues[i], []) + [0] for i in group])           # [B, Q] all cues, one after the other
-        bounds = pad([[0, *itertools.accumulate(map(len, self.cues[i]))] for i in group])       # [B, cues + 1]
-        pace, ends, quotes = torch.tensor([self.pace[i] for i in group]).to(device), *(
-            x.to(device) for x in (self.sentence_end, self.quotes))
-        fed, part, since, inside = torch.zeros(4, len(group), dtype=torch.int64, device=device)
+        self.queue = pad([sum(texts, []) + [0] for texts in cues])          # [P + 1, Q] all cues, one after the other
+        self.bounds = pad([[0, *itertools.accumulate(map(len, texts))] for texts in cues])      # [P + 1, cues + 1]
+        self.pace = torch.tensor([*pace, 0]).to(device)
+        self.fed, self.part, self.since, self.inside = torch.zeros(4, len(cues), dtype=torch.int64, device=device)
 
-        def step(rows, token, ended, active):
-            cued = active & (fed[rows] < bounds[rows, part[rows]])          # in the middle of a cue
-            token = torch.where(cued, queue[rows, fed[rows]], token)
-            last = part[rows] == bounds.shape[1] - 1
-            inside[rows] = (inside[rows] + quotes[token] * active) % 2
-            since[rows] = torch.where(cued, 0, since[rows] + active)
-            fed[rows] += cued
-            turn = ends[token] & (inside[rows] == 0) & (since[rows] >= pace[rows]) & active & ~cued
-            part[rows] += (turn | (ended & active & ~cued)) & ~last
-            return token, (turn | ended & ~cued) & last
-        return step
+    def __call__(self, rows, token, ended, active):
+        fed, part, last = self.fed[rows], self.part[rows], self.bounds.shape[1] - 1
+        cued = active & (fed < self.bounds[rows, part])                     # in the middle of a cue
+        token = torch.where(cued, self.queue[rows, fed], token)
+        inside = (self.inside[rows] + self.quotes[token] * active) % 2
+        since = (self.since[rows] + active).masked_fill(cued, 0)
+        turn = self.sentence_end[token] & (inside == 0) & (since >= self.pace[rows]) & active & ~cued
+        self.fed[rows], self.inside[rows], self.since[rows] = fed + cued, inside, since
+        self.part[rows] = part + ((turn | (ended & active & ~cued)) & (part < last))
+        return token, (turn | ended & ~cued) & (part == last)
 
 
 def list_plots(folder, seed, count, part):
@@ -79,23 +75,30 @@ def list_plots(folder, seed, count, part):
     return plots
 
 
+def decode_all(folder, rows):
+    tokenizer = Tokenizer.from_folder(folder)
+    return [tokenizer.decode(row.tolist()) for row in rows]
+
+
 def stories(args):
     """Sample the texts: half after an instruction in the chat template, half as plain text."""
-    count, parts = args.count or (48 if args.toy else 240_000), 16
-    with multiprocessing.Pool() as pool:
+    count, parts = args.count or (48 if args.toy else 320_000), 16
+    with multiprocessing.Pool() as pool:                                    # forked while there is no CUDA here yet
         plots = sum(pool.map(functools.partial(list_plots, args.smollm2, args.seed, count // parts), range(parts)), [])
-    prompts, heads, cues, questions = zip(*plots)
-    smollm2, tokenizer = Llama.load(args.smollm2, device=args.device), Tokenizer.from_folder(args.smollm2)
-    rng = random.Random(args.seed)
-    steer = Plots(cues, [rng.randint(8, 26) for _ in plots], tokenizer)
-    stops = {*tokenizer.eos_ids, *tokenizer.chat_stop_ids, 0}
-    rows = sample_continuations(smollm2, prompts, 110 if args.toy else 200, 0.6, 0.95, args.seed, stops, penalty=0.3,
-                                steer=steer, batch=args.batch, minutes=args.minutes, name="stories")
-    with open(args.work / "stories.jsonl", "w", encoding="utf-8") as file:
-        for head, question, row, start, end in zip(heads, questions, *rows):
-            if end > start:
-                story = tokenizer.decode(row[head:end].tolist())
-                file.write(json.dumps({"question": question, "text": story}) + "\n")
+        prompts, heads, cues, questions = zip(*plots)
+        smollm2, tokenizer = Llama.load(args.smollm2, device=args.device), Tokenizer.from_folder(args.smollm2)
+        rng = random.Random(args.seed)
+        steer = Plots(cues, [rng.randint(8, 26) for _ in plots], tokenizer, args.device)
+        stops = {*tokenizer.eos_ids, *tokenizer.chat_stop_ids, 0}
+        rows = sample_continuations(smollm2, prompts, 110 if args.toy else 200, 0.6, 0.05, args.seed, stops, penalty=0.3,
+                                    steer=steer, batch=args.batch, minutes=args.minutes, name="stories")
+        done = (rows.end > rows.start).nonzero()[:, 0].tolist()
+        tokens, end = rows.tokens.numpy(), rows.end.tolist()
+        own = [tokens[i, heads[i]:end[i]] for i in done]
+        chunks = [own[i:i + 2000] for i in range(0, len(own), 2000)]
+        texts = itertools.chain.from_iterable(pool.imap(functools.partial(decode_all, args.smollm2), chunks))
+        with open(args.work / "stories.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"question": questions[i], "text": text}) + "\n" for i, text in zip(done, texts))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,7 +128,7 @@ def clean(text):
         return None
     lower = [re.sub(r"\W", "", word).lower() for word in words]
     grams = Counter(zip(lower, lower[1:], lower[2:], lower[3:], lower[4:]))
-    if max(grams.values()) > 2:
+    if max(grams.values()) > 2 or grams.total() - len(grams) > 3:           # goes round in circles
         return None
     opening, rest = text[:110], text[110:]
     strangers = set(re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", rest)) - KNOWN - set(re.findall(r"[A-Z][a-z]+", opening))
@@ -202,7 +205,7 @@ def target(args):
 
     (args.work / "target").mkdir(exist_ok=True)
     steps = args.steps or EPOCHS * len(streams["train"]) // (rows * span)
-    train(model, next_token_loss, inputs_of, args.work / "target", 3e-3, steps, None, args.resume, dynamic=False)
+    train(model, next_token_loss, inputs_of, args.work / "target", 3e-3, steps, args.minutes, args.resume, dynamic=False)
     held_out = streams["validation"].unfold(0, span + 1, span + 1).long()
     with torch.no_grad():
         loss = sum(float(next_token_loss(model, part)[0]) * len(part) for part in held_out.split(rows)) / len(held_out)
@@ -252,7 +255,7 @@ def prompts(args):
     """Prompts for SmolLM2: it finishes the beginnings itself, as a user would. None is taken from a benchmark."""
     smollm2, tokenizer = Llama.load(args.smollm2, device=args.device), Tokenizer.from_folder(args.smollm2)
     stops = {*tokenizer.eos_ids, *tokenizer.chat_stop_ids}
-    count = args.count or (160 if args.toy else 150_000)
+    count = args.count or (160 if args.toy else 120_000)
     openings = list(itertools.islice(templates.beginnings(random.Random(args.seed)), count))
     turns = distill.free_prompts(smollm2, tokenizer, openings, args.seed, stops, 48 if args.toy else 144,
                                  batch=args.batch, minutes=args.minutes)
@@ -262,13 +265,14 @@ def prompts(args):
 
 
 def smollm2(args):
-    """Distil the draft for SmolLM2 on its answers, three quarters of them greedy."""
+    """Distil the draft for SmolLM2 on its answers, two thirds of them greedy."""
     sizes = ("--layers 1 --dim 64 --max-new 24 --draft-vocab 512 --tokens 3000" if args.toy else
-             "--layers 2 --dim 576 --heads 6 --kv-heads 1 --ffn 832 --draft-vocab 5120 --max-new 256 --tokens 30000000")
+             "--layers 3 --dim 576 --heads 6 --kv-heads 2 --ffn 384 --draft-vocab 5504 --max-new 256 --tokens 30000000")
     distill.main([*f"--target {args.smollm2} --out {args.weights}/smollm2-draft --prompts {args.work}/prompts.jsonl "
-                  f"--chat --temperature 0 0 0 0.8 --sample-batch {args.batch} --batch 128 --lr 2e-3 --ce 0.5 "
+                  f"--chat --temperature 0 0 0.7 --sample-batch {args.batch} --batch 128 --lr 2e-3 --ce 0.5 "
                   f"--device {args.device} --report {args.work}/smollm2-draft.json {sizes}".split(),
-                  "--sample-minutes", str(args.sample_minutes), "--eval-prompts", *args.eval_prompts, *args.passed_on])
+                  "--sample-minutes", str(args.sample_minutes),
+                  *(["--eval-prompts", *args.eval_prompts] if args.eval_prompts else []), *args.passed_on])
 
 
 def main(argv=None):
@@ -281,7 +285,7 @@ def main(argv=None):
     add("--weights", type=Path, default=Path("weights"), help="folder for the models")
     add("--minutes", type=float, help="time box of the stage")
     add("--sample-minutes", type=float, default=1.5, help="time box of sampling in the stage smollm2")
-    add("--steps", type=int, help="training steps (default: --minutes for a draft, 4 epochs for the target)")
+    add("--steps", type=int, help="training steps (default: what --minutes allow, 4 epochs for the target at most)")
     add("--count", type=int, help="stories or prompts to sample (default: as many as time allows)")
     add("--batch", type=int, default=4096, help="rows sampled at a time")
     add("--eval-prompts", nargs="+", default=[], help="JSONL files on which smollm2-draft is measured")

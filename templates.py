@@ -9,36 +9,43 @@ import re
 NAMES = """
 Lily Tom Mia Ben Anna Max Sara Leo Lucy Sam Emma Jack Zoe Tim Rosie Finn Ella Noah Ruby Oscar Molly Toby
 Nora Hugo Ivy Felix Clara Theo Poppy Milo Grace Jasper Daisy Owen Hazel Bella Charlie Amy Pip Luna Eli
-Rose Henry Kate Will Jane Fred Alice Peter Sally Billy Susie
+Rose Henry Kate Will Jane Fred Alice Peter Sally Billy Susie Jill Mark Nina Paul Tina Roy Olive Dan Beth Joe Meg
 """.split()
 BEINGS = """
 boy girl fox rabbit bear mouse cat dog duck frog owl pig lamb pony squirrel hedgehog turtle bird
-elephant lion monkey robot dragon bee penguin kitten puppy goat hen deer
+elephant lion monkey robot dragon bee penguin kitten puppy goat hen deer fish snail crab ant fairy prince princess sheep
+horse whale tiger parrot butterfly
 """.split()
 TRAITS = """
-little small kind brave shy happy clever curious lazy quiet funny gentle hungry sleepy silly young
+little small kind brave shy happy clever curious lazy quiet funny gentle hungry sleepy silly young polite careful strong
+playful grumpy fast proud
 """.split()
 FEELINGS = """
-sad worried scared angry lonely tired surprised
+sad worried scared angry lonely tired surprised upset confused nervous sorry
 """.split()
 THINGS = (
     "ball", "red balloon", "shiny key", "blue hat", "toy car", "kite", "book", "small boat", "golden coin", "lamp",
-    "flower", "drum", "basket of apples", "warm blanket", "bell", "cake", "toy train", "pretty stone",
-    "wooden box", "green scarf", "seed", "doll", "old map", "big shell", "bike", "umbrella", "jar of honey",
-    "feather", "necklace", "carrot", "magic stick", "pair of boots", "swing", "letter", "bag of nuts", "mirror",
-    "clock")
+    "flower", "drum", "basket of apples", "warm blanket", "bell", "cake", "toy train", "pretty stone", "wooden box",
+    "green scarf", "seed", "doll", "old map", "big shell", "bike", "umbrella", "jar of honey", "feather", "necklace",
+    "carrot", "magic stick", "pair of boots", "swing", "letter", "bag of nuts", "mirror", "clock", "ladder", "pumpkin",
+    "bucket", "pillow", "cookie", "teapot", "tent", "flute", "crown", "paintbrush", "sled", "butterfly net", "snowman",
+    "puzzle", "candle", "ring", "bowl of soup", "rope", "pie", "sand castle", "truck", "whistle", "ribbon", "nest",
+    "big rock", "picture", "glass of milk", "stick", "leaf", "rocket")
 PLACES = (
     "in the forest", "by the river", "in a small village", "on a farm", "near the sea", "in a big garden",
-    "on a green hill", "in the park", "in a little house", "by the lake", "in a quiet town",
-    "at the edge of the woods", "in the mountains", "by a tall tree")
+    "on a green hill", "in the park", "in a little house", "by the lake", "in a quiet town", "at the edge of the woods",
+    "in the mountains", "by a tall tree", "in a cozy cottage", "near a waterfall", "in a tall castle",
+    "on a small island", "in a busy city", "next to a school", "in a warm barn", "by the pond", "in a deep valley",
+    "at the end of a long road", "under an old bridge")
 HELPERS = (
-    "wise old owl", "friendly squirrel", "kind old woman", "big brown bear", "little bird", "funny frog",
-    "tall man", "old turtle", "small mouse", "gentle horse", "clever cat", "happy dog", "farmer", "baker",
-    "grandmother", "teacher")
+    "wise old owl", "friendly squirrel", "kind old woman", "big brown bear", "little bird", "funny frog", "tall man",
+    "old turtle", "small mouse", "gentle horse", "clever cat", "happy dog", "farmer", "baker", "grandmother", "teacher",
+    "brave knight", "little girl", "neighbor", "shy rabbit", "doctor", "old fisherman", "fairy", "big dog", "tiny ant",
+    "mail carrier", "gray goose", "cook", "police officer", "little brother", "big sister")
 LESSONS = (
     "to share", "to be kind", "to ask for help", "to tell the truth", "to never give up", "to be brave",
-    "to listen to friends", "to be patient", "to say sorry", "to take care of things",
-    "that friends are important", "to try new things")
+    "to listen to friends", "to be patient", "to say sorry", "to take care of things", "that friends are important",
+    "to try new things")
 OPENINGS = (
     "Once upon a time, there was a {trait} {being} named {name}. {name} lived {place}.",
     "Once upon a time, {place}, there lived a {trait} {being} named {name}.",
@@ -46,30 +53,52 @@ OPENINGS = (
     "One day, a {trait} {being} named {name} went for a walk {place}.",
     "{name} was a {trait} {being} who lived {place}.",
     "Once there was a {trait} {being} called {name}. {name} liked to play {place}.",
-    "Long ago, a {trait} {being} named {name} lived {place}.")
+    "Long ago, a {trait} {being} named {name} lived {place}.", "Every morning, {name} the {being} woke up early.",
+    "It was a cold day. A {being} named {name} was {place}.",
+    "{name} and a {helper} were best friends. They lived {place}.",
+    "It was {name}'s birthday. {name} was a {trait} {being}.",
+    "Not far from here, {place}, lived a {being} named {name}.",
+    "{name} was a {being}. All the others said that {name} was too {trait}.",
+    "Once, on a sunny afternoon, {name} the {being} was playing {place}.")
 WISHES = (
     "One day, {name} found a {thing}.", "{name} wanted a {thing} more than anything.", "{name} had a {thing}.",
     "One morning, {name} saw a {thing} on the ground.", "{name} loved to play with a {thing}.",
     "One day, {name}'s mom gave {name} a {thing}.", "One sunny day, {name} made a {thing}.",
-    "One day, {name} went to look for a {thing}.")
+    "One day, {name} went to look for a {thing}.", "{name} had never seen a {thing} before.",
+    "One night, {name} dreamed of a {thing}.", "{name} and a {helper} were looking for a {thing}.",
+    "There was a {thing} on the table.", "{name} had lost a {thing}.",
+    "One afternoon, {name} wanted to make a {thing}.", "A {helper} asked {name} to bring a {thing}.",
+    "Today {name} wanted to learn how to make a {thing}.", "{name} always took a {thing} to bed.",
+    "{name} hid a {thing} under the bed.")
 TROUBLES = (
     "But then the {thing} was gone, and {name} felt {feeling}.", "Then {name} met a {helper}.",
     "But {name} could not do it alone. A {helper} came to help.",
     'Just then, a {helper} came by and said, "Hello, {name}!"',
-    "Suddenly, there was a loud noise, and {name} felt {feeling}.",
-    "But the {thing} broke, and {name} felt {feeling}.", '"Can I see your {thing}?" asked a {helper}.',
-    "But a {helper} wanted the {thing} too.", "Then it started to rain, and {name} felt {feeling}.",
-    '"Please help me," said {name} to a {helper}.')
+    "Suddenly, there was a loud noise, and {name} felt {feeling}.", "But the {thing} broke, and {name} felt {feeling}.",
+    '"Can I see your {thing}?" asked a {helper}.', "But a {helper} wanted the {thing} too.",
+    "Then it started to rain, and {name} felt {feeling}.", '"Please help me," said {name} to a {helper}.',
+    "But there was a big problem.", "Then {name} heard someone crying. It was a {helper}.",
+    "But the {thing} was too heavy.", "Then the wind blew the {thing} into a tree.", "On the way, {name} got lost.",
+    '"Stop!" said a {helper}. "That is mine!"', "But {name} forgot all about the time.",
+    "A {helper} laughed at {name}.", "Then {name} fell and got hurt.", "But nobody wanted to listen to {name}.",
+    "Then the lights went out.")
 ANSWERS = (
     "So {name} and the {helper} looked for the {thing} together.", "The {helper} smiled and gave {name} a hug.",
     '"Don\'t worry," said the {helper}. "I can help you."', "{name} had a good idea.",
     "So {name} asked the {helper} for help.", '"Let us play together," said {name}.', "{name} worked very hard.",
     "Then {name} saw something.", "But {name} did not give up.", '"You can have my {thing}," said {name}.',
-    "{name} ran to the {helper} and told the whole story.", "So they became friends.")
+    "{name} ran to the {helper} and told the whole story.", "So they became friends.", '"I am sorry," said {name}.',
+    '"What should I do now?" thought {name}.', "{name} took a deep breath and tried again.", "So they made a plan.",
+    "{name} looked everywhere.", "{name} shared some food with the {helper}.", "They climbed up the hill together.",
+    "{name} began to sing a song.", '"I know what to do," said the {helper}.', "After a while, {name} felt better.",
+    "{name} told the truth.", "{name} sat down and thought about it.", "The next day, {name} came back.")
 ENDINGS = (
     "In the end, {name} was happy.", "At last,", "{name} learned {lesson}.", "From that day on, {name}",
     "The sun went down.", "Everyone was happy.", '"Thank you," said {name}.', "That night, {name} went home.",
-    "In the end,", "{name} smiled.")
+    "In the end,", "{name} smiled.", "Finally,", "{name} never forgot that day.", "They all laughed and went home.",
+    '"I am proud of you," said', "After that, {name} always", "And so {name} and the {helper}",
+    "When {name} went to bed that night,", "Now {name} knows", "It was the best day ever.", "They had a big party.",
+    "{name}'s mom was very happy.")
 ASKS = (
     "Write a short story for young children about a {being} named {name} and a {thing}.",
     "Tell me a bedtime story about a {trait} {being}. Use simple words.",
@@ -89,8 +118,10 @@ def plot(rng):
         lesson=LESSONS).items()}
     fill = lambda templates: re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", rng.choice(templates).format(**words))
     trouble = rng.choice(TROUBLES)
-    answers = [answer for answer in ANSWERS if "{helper}" in trouble or "{helper}" not in answer]
-    cues = [" " + fill(choices) for choices in ([trouble], answers, ENDINGS)]
+    met = lambda choices: [text for text in choices if "{helper}" in trouble or "{helper}" not in text]
+    cues = [" " + fill(choices) for choices in ([trouble], met(ANSWERS), met(ENDINGS))]
+    if rng.random() < 0.3:                                                  # leave this part to the model
+        cues[1] = ""
     return fill(ASKS), fill(QUESTIONS), fill(OPENINGS) + " " + fill(WISHES), cues
 
 
@@ -135,16 +166,18 @@ def beginnings(rng):
     while True:
         n = rng.choice([rng.randint(2, 20), rng.randint(10, 100), 1000])
         words = dict(name=rng.choice(NAMES), other=rng.choice(NAMES), n=n)
-        name = f"{rng.choice(VERBS)}_{rng.choice(NOUNS)}"
+        verb, noun = rng.choice(VERBS), rng.choice(NOUNS)
+        name = f"{verb}_{noun}"
+        examples = f" {verb.capitalize()} the {noun.replace('_', ' ')} and return the result.\n    >>> {name}("
         imports = rng.choice(["from typing import List\n\n\n", "\n", "", "\n\n", "import math\n\n\n"])
         kind = rng.random()
-        if kind < 0.2:
+        if kind < 0.08:
             yield ""
-        elif kind < 0.45:
+        elif kind < 0.3:
             yield rng.choice(ASKED)
-        elif kind < 0.7:
-            yield f'{imports}def {name}({rng.choice(ARGUMENTS)}:\n    """{rng.choice(DOCS)}'
-        elif kind < 0.75:
+        elif kind < 0.63:
+            yield f'{imports}def {name}({rng.choice(ARGUMENTS)}:\n    """{rng.choice([*DOCS, *[examples] * 6])}'
+        elif kind < 0.68:
             yield rng.choice(("Write a Python function that", "Write a Python function to", "Write a Python program",
                               "Create a function"))
         else:

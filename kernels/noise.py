@@ -29,14 +29,25 @@ def mix32(h):
 
 
 @triton.jit
-def gumbel32(seed, stream, position, ids):
-    """`gumbel_ref` in Triton: seed, position [M] int64 of M rows, ids [N] int64 -> [N, M] fp32, bit-equal hashes."""
+def key32(seed, stream, position):
+    """What (seed, stream, position) add to a hash: of scalars, or of [M] int64; uint32."""
     key = mix32((seed >> 32).to(tl.uint32) ^ mix32((stream + 1).to(tl.uint32)))
-    key = mix32(mix32(seed.to(tl.uint32) ^ key) ^ mix32((position + POSITION_SALT).to(tl.uint32)))          # [M]
-    h = mix32(key[None, :] ^ mix32((ids + ID_SALT).to(tl.uint32))[:, None])                                 # [N, M]
+    return mix32(mix32(seed.to(tl.uint32) ^ key) ^ mix32((position + POSITION_SALT).to(tl.uint32)))
+
+
+@triton.jit
+def gumbel_of(key, ids):
+    """`gumbel_ref` in Triton for keys and int64 ids that broadcast: fp32, from bit-equal hashes."""
+    h = mix32(key ^ mix32((ids + ID_SALT).to(tl.uint32)))
     u = tl.minimum((h.to(tl.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
     race = tl.where(u < 1e-3, u * (1 + u * (0.5 + u * 0.3333333)), -tl.log(1 - u))                          # -log1p(-u)
     return -tl.log(race)
+
+
+@triton.jit
+def gumbel32(seed, stream, position, ids):
+    """The same for seed, position [M] int64 of M rows, ids [N] int64 -> [N, M]."""
+    return gumbel_of(key32(seed, stream, position)[None, :], ids[:, None])
 
 
 def uniform_ref(seeds, stream, positions, ids):

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import kernels
-from kernels import accept, commit, embed, head, launch, linear, tree_attention
+from kernels import accept, commit, embed, grow, head, launch, linear, settle, switch, tree_attention
 from kernels.linear import FIXED
+from layout import Layout
 from model import KVCache, Llama, LlamaConfig
 from sampling import Sampler, Sampling
 from tree import Tree
@@ -188,7 +189,7 @@ def test_attention_does_not_depend_on_company(prefix, unit, splits, monkeypatch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Embedding, norm, head, accept, commit
+# Embedding, norm, head, and what a round does with their tokens
 
 def test_embed():
     V, dim, D, B, T = 50, 96, 32, 2, 5
@@ -236,6 +237,91 @@ def test_walk():
         own = torch.randint(0, 6, (4, tree.size), device=DEVICE)
         got, want = (op(tokens, tree.parent, tree.depth, own) for op in (accept.walk, accept.walk_ref))
         assert all(map(torch.equal, got, want))
+
+
+def ints(high, *shape, low=0):
+    return torch.randint(low, high, shape, device=DEVICE)
+
+
+def verdict_on(tree, B):
+    """A verdict somewhere on the tree for each of B sequences: path, length, bonus."""
+    paths = []
+    for _ in range(B):
+        path = [random.randrange(tree.size)]
+        while path[0]:
+            path.insert(0, tree.parents[path[0]])
+        paths.append(path)
+    length = torch.tensor([len(path) - 1 for path in paths], device=DEVICE)
+    path = torch.tensor([path + path[-1:] * (tree.depth + 1 - len(path)) for path in paths], device=DEVICE)
+    return path, length, ints(9, B)
+
+
+TREES = [[-1], [-1, 0], [-1, 0, 1, 2, 3], [-1, 0, 0, 0, 1, 1, 2], [-1, 0, 0, 1, 1, 1, 1, 1, 2, 4, 4]]
+
+
+@pytest.mark.parametrize("parents, B", list(itertools.product(TREES, [1, 3])))
+def test_settle(parents, B):
+    tree = Tree(parents, DEVICE)
+    for _ in range(4):
+        args = ints(9, B, tree.size, low=-1), tree.parent, *verdict_on(tree, B)
+        ours = ints(50, B)
+        twins = ours.clone()
+        got, want = settle.settle(*args, ours), settle.settle_ref(*args, twins)
+        assert all(map(torch.equal, got, want)) and torch.equal(ours, twins)
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+@pytest.mark.parametrize("parents, B, known", list(itertools.product(TREES[1:], [1, 3], [False, True])))
+def test_grow(parents, B, known, trimmed):
+    """Level by level and all nodes at once; drawn apart from the ranked (residual) and from among them."""
+    tree, V = Tree(parents, DEVICE), 40
+    layout, C = Layout(tree, [2] + [0] * (tree.size - 2) + [1], DEVICE), tree.children.shape[1]
+    to_target = torch.cat([torch.tensor([-1]), torch.randperm(60)[:V - 1]]).to(DEVICE) if trimmed else None
+    to_draft = ints(V, 60) if trimmed else None
+    schedules = [(1, layout.refeed.levels), (1, layout.ahead.levels[:1]), (1, layout.glued.levels[:1]),
+                 (len(layout.nodes), layout.ahead.levels[1:])]
+    for (R, levels), apart in itertools.product(schedules, [False, True]):
+        ours = [ints(60, B, R, tree.size, low=-1), ints(60, B, R, tree.size, layout.width)]
+        twins = [x.clone() for x in ours]
+        for level in levels:
+            rows = R * (level.nodes.stop - level.nodes.start)
+            draw = lambda n: torch.rand(B, rows, V, device=DEVICE).topk(n).indices
+            ranked = draw(layout.width + C)
+            drawn = draw(level.n_choices) if apart else ranked
+            args = ranked, drawn, ints(2, B).bool() if known else None, tree.children, level.nodes, level.below
+            got, want = (op(*own, *args, to_target, to_draft) for op, own in ((grow.grow, ours), (grow.grow_ref, twins)))
+            assert torch.equal(got, want) and all(map(torch.equal, ours, twins))
+
+
+def test_guesses_are_no_children():
+    """By hand: node 0 of [-1, 0, 0] with 3 guesses."""
+    tree = Tree([-1, 0, 0], DEVICE)
+    tensor = lambda *x: torch.tensor(x, device=DEVICE)
+    for op in grow.grow, grow.grow_ref:
+        tokens, guesses = tensor([[9, 7, 4]], [[9, 0, 0]]), torch.zeros(2, 1, 3, 3, dtype=torch.int64, device=DEVICE)
+        ranked = tensor([[5, 4, 3, 2, 1]], [[5, 4, 3, 2, 1]])
+        fed = op(tokens, guesses, ranked, ranked, tensor(True, False), tree.children, slice(0, 1), slice(1, 3), None, None)
+        assert tokens.tolist() == [[[9, 7, 4]], [[9, 5, 4]]] and fed.tolist() == [[7, 4], [5, 4]]
+        assert guesses[:, 0, 0].tolist() == [[5, 3, 2], [3, 2, 1]] and not guesses[:, :, 1:].any()
+
+
+@pytest.mark.parametrize("parents, B, N", list(itertools.product(TREES[1:], [1, 3], [0, 1, 30])))
+def test_switch(parents, B, N):
+    tree, F, room = Tree(parents, DEVICE), 3, 80
+    for hit in (True, False):
+        verdict = path, _, bonus = verdict_on(tree, B)
+        branches = ints(9, B, N, tree.size), ints(9, B, N, tree.size, F)
+        nodes, roots = ints(tree.size, N), ints(9, B, N) + 9            # none is the bonus ...
+        roots[:, :-1] = bonus[:, None].where(nodes[:-1] != path[:, -1:], 9)     # ... or the node is another ...
+        if hit and N:
+            nodes[-1], roots[0, -1] = path[0, -1], bonus[0]             # ... but here
+        ours = [ints(9, B, tree.size), ints(9, B, tree.size, F), ints(9, B, room), 20 + ints(30, B)]
+        twins = [x.clone() for x in ours]
+        outcomes = (nodes, roots, *branches) if N else None
+        got, want = switch.switch(*verdict, *ours, outcomes), switch.switch_ref(*verdict, *twins, outcomes)
+        assert all(map(torch.equal, ours, twins)) and all(map(torch.equal, got[1:], want[1:]))
+        assert torch.equal(got[0], want[0]) if N else got[0] is want[0] is None
+        assert not N or got[0][0].tolist() == [int(hit), N - 1 if hit else 0]
 
 
 def test_commit():

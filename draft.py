@@ -43,10 +43,10 @@ class Verdict(NamedTuple):
 
 
 class SpeculationCache(NamedTuple):
-    """What the draft prepared for the coming outcome: branch i of a sequence answers (nodes[i], roots[b, i])."""
+    """What the draft prepared for the coming outcome: branch i of a sequence answers (nodes[i], roots[b, i]), its root."""
     nodes: torch.Tensor                     # [N]
     roots: torch.Tensor                     # [B, N]
-    branches: Speculation                   # [B, N, ...]
+    branches: Speculation                   # [B, N, ...], of whose tokens node 0 isn't filled in
 
 
 def prompt_lookup(history, length, depth, n=2):
@@ -70,7 +70,7 @@ class Drafting:
     """One plan of a Drafter at work."""
     layout: Layout
     graphs: Graphs
-    spec: Speculation                       # of this round; its place never moves
+    spec: Speculation                       # of this round; its place never moves, its root is the text's last token
 
 
 PLANS = 8               # a Drafter keeps so many of them, with their graphs
@@ -105,11 +105,6 @@ class Drafter:
         with on(self.device):
             self.prefix_len.copy_(prefill(self.model, self.cache, prompts))
 
-    @property
-    def root(self):
-        """The last token of each text [B, 1], which no model has seen yet."""
-        return self.history.gather(1, self.prefix_len[:, None])
-
     def plan(self, tree, fan_out):
         """Draft `tree` from now on. fan_out: F_node for each of its nodes, None where only speculations are wanted (SD)."""
         key = tree, tuple(fan_out or ())
@@ -122,6 +117,7 @@ class Drafter:
         self.drafting[key] = self.now = drafting                            # the newest stands last
         if len(self.drafting) > PLANS:
             self.drafting.pop(next(iter(self.drafting)))
+        self.spec.tokens[:, :1] = self.history.gather(1, self.prefix_len[:, None])
 
     layout = property(lambda self: self.now.layout)
     tree = property(lambda self: self.layout.tree)          # a graph reads it: not one that is only equal to it
@@ -136,10 +132,10 @@ class Drafter:
 
     def blank(self, layout, *R):
         """Room for R trees of each sequence, which `grow` fills in."""
-        shape = len(self.prefix_len), *R, layout.tree.size
-        new = lambda *more: torch.empty(*shape, *more, dtype=torch.int64, device=self.device)
-        config = self.model.config
-        q = torch.zeros(*shape, config.target_vocab_size or config.vocab_size, device=self.device) if self.residual else None
+        shape, c, q = (len(self.prefix_len), *R, layout.tree.size), self.model.config, None
+        new = lambda *more: self.prefix_len.new_empty(*shape, *more)        # int64, on this side
+        if self.residual:
+            q = self.prefix_len.new_zeros(*shape, c.target_vocab_size or c.vocab_size, dtype=torch.float32)
         return Speculation(new(), new(layout.width), q)
 
     # -- one forward --------------------------------------------------------------------------------------------------
@@ -169,19 +165,19 @@ class Drafter:
             q = q.new_zeros(*q.shape[:-1], self.model.config.target_vocab_size).index_copy(-1, ids[1:], q[..., 1:])
         return ranked, drawn, q
 
-    def grow(self, spec, roots, forwards, known=None):
+    def grow(self, spec, fed, forwards, known=None):
         """Draft R trees side by side, one forward a depth for all of them together, into spec ([B, R, ...] fields).
 
-        roots [B, T]: what the first forward feeds, in target ids; it stands in spec already. forwards: from Layout. known
-        [B] bool: sequences whose tokens all stand there; for them this only fills the KV cache and renews the guesses.
-        Nodes that weren't fed, the deepest, have no guesses yet.
+        fed [B, T]: the tokens of the first forward, in target ids; forwards: (level, rows) in turn, from the layout. known
+        [B] bool: sequences whose tokens all stand there; for them this only fills the KV cache and renews the guesses. The
+        roots aren't written, and the deepest nodes, which nobody has fed yet, have no guesses.
 
         A guess is a likely token that isn't among the node's children: a rejected child can't be the bonus token. Greedy
         and coupled would have accepted it, and the residual max(p - q, 0) of a rejected token is zero.
         """
-        ops, fed = kernels.ops_for(roots), roots
+        ops = kernels.ops_for(fed)
         if self.target_ids is not None:
-            fed = self.draft_ids[roots]                                     # an empty node, -1, may read as any token
+            fed = self.draft_ids[fed]                                       # an empty node, -1, may read as any token
         for level, (positions, ahead, slots) in forwards:
             hidden = self.model(fed, positions, slots, self.prefix_len, level.ancestors, self.cache)
             T = len(level.fan_out)                                          # the last ones, where more than a level is fed
@@ -202,12 +198,10 @@ class Drafter:
         self.run("draft", self._speculate, refeed, None)
 
     def _speculate(self, refeed, known):
+        forwards, fed = self.layout.trunk, self.spec.tokens[:, :1]
         if refeed:
             forwards = self.layout.refeed
             fed = self.history.gather(1, self.prefix_len[:, None] + self.layout.last_two)      # [B, 2]
-        else:
-            forwards, fed = self.layout.trunk, self.root
-        self.spec.tokens[:, 0] = fed[:, -1]
         self.grow(self.trunk, fed, forwards.behind(self.prefix_len), known)
 
     def precompute(self, glue=False):
@@ -229,7 +223,6 @@ class Drafter:
         self.grow(trunk, self.spec.tokens[:, forwards.levels[0].nodes], [first], known)
         roots = self.spec.guesses.flatten(1)[:, layout.guesses]             # [B, N]
         branches = self.blank(layout, len(layout.guesses))
-        branches.tokens[:, :, 0] = roots
         self.grow(branches, roots, deeper)
         return SpeculationCache(layout.nodes, roots, branches)
 
@@ -240,7 +233,7 @@ class Drafter:
     def switch(self, verdict, cache):
         """Look the outcome up; commit the accepted path and, on a hit, the branch as the new trunk: one move of KV rows.
 
-        The branch becomes self.spec (anything for those that missed). Returns found [B, 2]: hit (0 or 1) and branch.
+        The branch becomes self.spec (of those that missed only the root counts). Returns found [B, 2]: hit (0 or 1), branch.
         """
         return self.run("join", self._switch, cross(verdict, self.device), cache)
 
@@ -267,7 +260,7 @@ class Drafter:
             return self._speculate(False, hit)
         proposal = prompt_lookup(self.history, self.prefix_len + 1, len(spine) - 1)
         tokens = torch.full_like(spec.tokens, -1)
-        tokens[:, spine] = torch.cat([self.root, proposal], 1)
+        tokens[:, spine] = torch.cat([spec.tokens[:, :1], proposal], 1)
         spec.tokens.copy_(torch.where(hit[:, None], spec.tokens, tokens))
         if spec.q is not None:                                              # a proposal is drawn from a point mass
             point = torch.zeros_like(spec.q[:, spine[:-1]])

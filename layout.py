@@ -28,10 +28,7 @@ class Forwards:
         self.rows = torch.cat([level.rows.flatten() for level in levels])   # [sum of 3T]
 
     def behind(self, prefix_len):
-        """(level, its rows [3, B, T]) forward by forward, all rows counted from prefix_len [B] by one op.
-
-        (In a batch another op a forward brings them together.)
-        """
+        """A list of (level, its rows [3, B, T] behind prefix_len [B]), by one op; in a batch one more each lines them up."""
         rows = (prefix_len[:, None] + self.rows).split(self.widths, 1)
         rows = [x.unflatten(1, (3, -1)).transpose(0, 1).contiguous() for x in rows]
         return list(zip(self.levels, rows))
@@ -73,7 +70,7 @@ class Layout:
     def level(self, nodes, below, base, sees):
         """The forward that feeds `nodes` of R trees; below: the nodes that are their children."""
         tree, R, w, device = self.tree, len(sees), len(nodes), sees.device
-        nodes, span = list(nodes), lambda some: slice(some[0], some[-1] + 1) if some else slice(0, 0)
+        nodes, span = list(nodes), lambda some: slice(some[0], some[-1] + 1) if some else slice(0, 0)   # without gaps
         own = torch.eye(R, dtype=torch.bool, device=device)[:, None, :, None]                   # [R, 1, R, 1]
         inside = (own & tree.mask[nodes][:, None]).reshape(R * w, R * tree.size)
         position = sees.sum(1)[:, None] + tree.node_depth[nodes]                                # [R, w]

@@ -6,15 +6,18 @@ the last bit however many other tokens stand beside it.
 """
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
+import graphs
 import kernels
 from kernels import accept, commit, embed, grow, head, launch, linear, settle, switch, tree_attention
 from kernels.linear import FIXED
 from layout import Layout
 from model import KVCache, Llama, LlamaConfig
+from saguaro import Options, sd, ssd
 from sampling import Sampler, Sampling
 from tree import Tree
 
@@ -360,6 +363,39 @@ def test_forward_matches_the_twins():
         depth = tree.node_depth[None]
         out.append(step(model, cache, [list(range(tree.size))], 70 + depth, 70 + torch.arange(tree.size)[None], [70], tree.mask))
     torch.testing.assert_close(*out, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(CUDA, reason="the loops run on these kernels there (test_correctness.py)")
+@pytest.mark.parametrize("trimmed", [False, True])
+@pytest.mark.parametrize("options", [Options(k=3, fanout_budget=7), Options(tree="2,2", fanout_budget=9, backup="fast"),
+                                     Options(tree="2,1", accept="residual", saguaro_c=0.5, fanout_budget=5)], ids=str)
+def test_rounds_match_the_twins(options, trimmed, monkeypatch):
+    """Whole requests on the kernels that end a level, a verify and a round, in memory that starts as garbage."""
+    config = LlamaConfig(vocab_size=60, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=48)
+    target, draft = (Llama.random(config, 1, dtype=torch.float32) for _ in range(2))
+    target.head.mul_(4), draft.head.mul_(4)                             # confident, like a language model
+    if trimmed:                                                         # it has never heard of the last ten tokens
+        draft = Llama.random(replace(config, vocab_size=51, target_vocab_size=60), 1, dtype=torch.float32)
+        layers = {name: x for name, x in target.state_dict().items() if "layers" in name}
+        draft.load_state_dict({**draft.state_dict(), **layers})
+        draft.d2t[1:] = torch.arange(50)
+        draft.embed[1:], draft.head[1:] = target.embed[:50], target.head[:50]
+    draft.norm.mul_(0.5 + torch.rand(32))                               # agrees with the target now and then
+
+    def at_once(self, work, args):                                      # the interpreter isn't made for threads
+        result = work(*args)
+        return lambda: result
+    monkeypatch.setattr(graphs.Beside, "submit", at_once)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    prompts, out = [[1, 2, 3], [4], [5, 6, 5, 6, 5]], []
+    for ops in (kernels.TORCH, kernels.TRITON):
+        monkeypatch.setattr(kernels, "ops_for", lambda tensor: ops)
+        for loop in (sd, ssd):
+            rounds = loop(target, draft, prompts, [9, 14, 12], Sampling(0.9, seed=3), options)
+            out.append([(chunk.sequence, chunk.tokens, chunk.origins) for chunks in rounds for chunk in chunks])
+    torch.use_deterministic_algorithms(False)
+    assert out[:2] == out[2:] and {"accepted-hit", "accepted-miss"} <= {kind for *_, kinds in out[3] for kind in kinds}
 
 
 def test_many_rows_go_in_groups(monkeypatch):

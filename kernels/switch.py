@@ -13,24 +13,25 @@ from kernels.commit import path_slots, path_slots_ref
 def switch_ref(path, length, bonus, tokens, guesses, history, prefix_len, outcomes=None):
     """Take over the branch that answers a verdict (path [B, K+1], length [B], bonus [B]).
 
-    In place: tokens [B, M+1] and guesses [B, M+1, F] become the branch's; history [B, room] gets the accepted tokens and
-    bonus; prefix_len [B] moves behind the path. outcomes: nodes [N], roots [B, N], tokens [B, N, M+1] and guesses
-    [B, N, M+1, F] of the branches, where branch i answers the outcome (nodes[i], roots[b, i]); None: there are none, and
-    tokens and guesses stay. Returns found [B, 2], hit (0 or 1) and branch (any on a miss) or None, and src, dst for
-    `commit`: the path behind the prefix and, on a hit, the branch behind the path.
+    In place: tokens [B, M+1] and guesses [B, M+1, F] become the branch's, the root bonus; history [B, room] gets the
+    accepted tokens and bonus; prefix_len [B] moves behind the path. outcomes: nodes [N], roots [B, N], tokens [B, N, M+1]
+    and guesses [B, N, M+1, F] of the branches, where branch i answers the outcome (nodes[i], roots[b, i]); None: there are
+    none, and all but the root stays. Returns found [B, 2], hit (0 or 1) and branch (any on a miss) or None, and src, dst
+    for `commit`: the path behind the prefix and, on a hit, the branch behind the path.
     """
     start = prefix_len[:, None].clone()
     src, dst = path_slots_ref(path, length, prefix_len)
     history.scatter_(1, dst, tokens.gather(1, src - start))
     prefix_len += length + 1
     history.scatter_(1, prefix_len[:, None], bonus[:, None])
+    tokens[:, 0] = bonus
     if outcomes is None:
         return None, src, dst
     nodes, roots, branch_tokens, branch_guesses = outcomes
     same = (nodes == path[:, -1:]) & (roots == bonus[:, None])              # [B, N]
     hit, branch = same.int().max(dim=1)
     batch = torch.arange(len(branch), device=branch.device)
-    tokens.copy_(branch_tokens[batch, branch])
+    tokens[:, 1:] = branch_tokens[batch, branch, 1:]
     guesses.copy_(branch_guesses[batch, branch])
     i, moves = torch.arange(tokens.shape[1], device=tokens.device), hit[:, None]
     src = torch.cat([src, start + moves * ((branch[:, None] + 1) * len(i) + i)], 1)
@@ -54,6 +55,7 @@ def switch_kernel(path_ptr, length_ptr, bonus_ptr, token_ptr, guess_ptr, history
     tl.store(text_ptr + after, bonus)
     tl.debug_barrier()                                                      # all have read prefix_len and tokens
     tl.store(prefix_ptr + b, after)
+    tl.store(token_ptr, bonus)
     if N > 0:
         nodes, roots = tl.load(node_ptr + i, mask=i < N, other=-1), tl.load(root_ptr + b * N + i, mask=i < N, other=-1)
         here = (nodes == tl.load(path_ptr + DEPTH)) & (roots == bonus)
@@ -62,7 +64,8 @@ def switch_kernel(path_ptr, length_ptr, bonus_ptr, token_ptr, guess_ptr, history
         tl.store(found_ptr + 2 * b, hit)
         tl.store(found_ptr + 2 * b + 1, branch)
         tree = b * N + branch
-        tl.store(token_ptr + i, tl.load(branch_token_ptr + tree * size + i, mask=i < size), mask=i < size)
+        below = (i > 0) & (i < size)
+        tl.store(token_ptr + i, tl.load(branch_token_ptr + tree * size + i, mask=below), mask=below)
         for j in range(0, size * F, MANY):
             g = j + tl.arange(0, MANY)
             guesses = tl.load(branch_guess_ptr + tree * size * F + g, mask=g < size * F)

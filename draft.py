@@ -221,7 +221,7 @@ class Drafter:
         known = torch.ones_like(self.prefix_len, dtype=torch.bool) if glue else None
         trunk = self.trunk._replace(q=None)                                 # the target reads tokens and q just now
         self.grow(trunk, self.spec.tokens[:, forwards.levels[0].nodes], [first], known)
-        roots = self.spec.guesses.flatten(1)[:, layout.guesses]             # [B, N]
+        roots = self.spec.guesses.flatten(1).index_select(1, layout.guesses)    # [B, N]
         branches = self.blank(layout, len(layout.guesses))
         self.grow(branches, roots, deeper)
         return SpeculationCache(layout.nodes, roots, branches)

@@ -2,7 +2,7 @@
 
 Shapes: R trees side by side, w nodes of a depth, N outcomes, T = R*w rows of a forward.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,14 +12,26 @@ from kernels import Ancestors
 @dataclass
 class Level:
     """One forward of drafting R trees side by side: the constants that say what goes where."""
-    nodes: torch.Tensor                     # [w] the nodes of this depth
-    offsets: torch.Tensor                   # [R*w] slot of each row, from prefix_len
-    ancestors: Ancestors                    # of the R*w rows
-    children: torch.Tensor                  # nodes of the next depth ...
-    parents: torch.Tensor                   # ... the index of their parent in `nodes` ...
-    ranks: torch.Tensor                     # ... and which choice of it they are
-    n_choices: int                          # most children of a node
-    fan_out: torch.Tensor                   # [R*w] F of each row's node
+    nodes: slice                            # the w nodes of this depth ...
+    below: slice                            # ... and those of the next, their children
+    rows: torch.Tensor                      # [3, T] position, position of the next token, slot: each from prefix_len
+    ancestors: Ancestors                    # of the T rows
+    n_choices: int                          # most children of a node, at least 1
+    fan_out: torch.Tensor                   # [T] F of each row's node
+
+
+class Forwards:
+    """Levels that are fed one after the other."""
+
+    def __init__(self, levels):
+        self.levels, self.widths = levels, [level.rows.numel() for level in levels]
+        self.rows = torch.cat([level.rows.flatten() for level in levels])   # [sum of 3T]
+
+    def behind(self, prefix_len):
+        """A list of (level, its rows [3, B, T] behind prefix_len [B]), by one op; in a batch one more each lines them up."""
+        rows = (prefix_len[:, None] + self.rows).split(self.widths, 1)
+        rows = [x.unflatten(1, (3, -1)).transpose(0, 1).contiguous() for x in rows]
+        return list(zip(self.levels, rows))
 
 
 class Layout:
@@ -31,34 +43,38 @@ class Layout:
         self.tree, self.counts = tree, fan_out or [0] * tree.size           # F_node
         self.width = max(self.counts)                                       # F: guesses kept per node
         self.fan_out = tensor(self.counts)
-        self.trunk = self.levels(0, torch.zeros(1, 0, dtype=torch.bool, device=device))
+        alone = torch.zeros(1, 0, dtype=torch.bool, device=device)
+        root, *deeper = self.levels(0, alone)
         # [previous token, root]: the first sees the prefix, which ends in itself; the second also its own slot.
-        self.refeed = tensor([-1, 0]), tensor([-1, 0]), Ancestors.of(tensor([[False], [True]]))
-        self.leaves, self.all = tensor(tree.levels[-1]), tensor(range(tree.size))
-        self.leaf_ancestors = Ancestors.of(tree.mask[tree.levels[-1]])
+        self.last_two = tensor([-1, 0])
+        both = replace(root, rows=tensor([[-1, 0], [0, 1], [-1, 0]]), ancestors=Ancestors.of(tensor([[False], [True]])))
+        self.trunk, self.refeed = Forwards([root, *deeper]), Forwards([both, *deeper])
         spine = [0]                                                         # the path of first choices
         while tree.first_child[spine[-1]] > 0:
             spine.append(tree.first_child[spine[-1]])
         self.spine = tensor(spine)
         if fan_out:
             outcomes = [(node, f) for node in range(tree.size) for f in range(fan_out[node])]
-            self.nodes, self.guess_ranks = map(tensor, zip(*outcomes))      # [N] each
+            self.nodes = tensor([node for node, _ in outcomes])             # [N]
+            self.guesses = tensor([node * self.width + f for node, f in outcomes])      # [N] in guesses [M+1, F], flat
             self.branch_choice = [f for _, f in outcomes]
-            self.branches = self.levels(tree.size, tree.mask[self.nodes])
+            branches = self.levels(tree.size, tree.mask[self.nodes])
+            leaves = self.level(tree.levels[-1], [], 0, alone)
+            every = self.level(range(tree.size), range(1, tree.size), 0, alone)
+            self.ahead, self.glued = Forwards([leaves, *branches]), Forwards([every, *branches])
 
     def levels(self, base, sees):
         """Plan the K forwards that draft R trees into slots base.. ; sees [R, base]: the trunk slots above each root."""
-        tree, R, device = self.tree, len(sees), sees.device
+        return [self.level(nodes, below, base, sees) for nodes, below in zip(self.tree.levels, self.tree.levels[1:])]
+
+    def level(self, nodes, below, base, sees):
+        """The forward that feeds `nodes` of R trees; below: the nodes that are their children."""
+        tree, R, w, device = self.tree, len(sees), len(nodes), sees.device
+        nodes, span = list(nodes), lambda some: slice(some[0], some[-1] + 1) if some else slice(0, 0)   # without gaps
         own = torch.eye(R, dtype=torch.bool, device=device)[:, None, :, None]                   # [R, 1, R, 1]
-        tensor = lambda x: torch.tensor(x, device=device)
-        plan = []
-        for nodes, below in zip(tree.levels, tree.levels[1:]):
-            w = len(nodes)
-            slots = base + torch.arange(R, device=device)[:, None] * tree.size + tensor(nodes)
-            inside = (own & tree.mask[nodes][:, None]).reshape(R * w, R * tree.size)
-            plan.append(Level(
-                tensor(nodes), slots.flatten(), Ancestors.of(torch.cat([sees.repeat_interleave(w, 0), inside], 1)),
-                tensor(below), tensor([nodes.index(tree.parents[node]) for node in below]),
-                tensor([tree.ranks[node] for node in below]), max(tree.n_children[node] for node in nodes),
-                self.fan_out[nodes].repeat(R)))
-        return plan
+        inside = (own & tree.mask[nodes][:, None]).reshape(R * w, R * tree.size)
+        position = sees.sum(1)[:, None] + tree.node_depth[nodes]                                # [R, w]
+        slot = base + torch.arange(R, device=device)[:, None] * tree.size + torch.tensor(nodes, device=device)
+        return Level(span(nodes), span(below), torch.stack([position, position + 1, slot]).flatten(1),
+                     Ancestors.of(torch.cat([sees.repeat_interleave(w, 0), inside], 1)),
+                     max(1, *(tree.n_children[node] for node in nodes)), self.fan_out[nodes].repeat(R))

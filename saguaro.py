@@ -17,7 +17,7 @@ import torch
 
 import kernels
 from batch import Batch, Chunk, Options, Stats, next_power_of_two  # noqa: F401 (for callers)
-from draft import Drafter, Verdict, path_slots
+from draft import Drafter, Verdict
 from errors import UserError
 from graphs import Beside, Graphs, cross, on
 from kernels.noise import ACCEPT, TARGET
@@ -58,8 +58,7 @@ def accept_coupled(tokens, tree, own):
 
     tokens [B, M+1]; own [B, M+1] the target's token after each node, argmax(logits / T + g). Returns a Verdict.
     """
-    path, length = kernels.ops_for(own).walk(tokens, tree.parent, tree.depth, own)
-    return Verdict(path, length, own.gather(1, path[:, -1:])[:, 0])
+    return Verdict(*kernels.ops_for(own).walk(tokens, tree.parent, tree.depth, own))
 
 
 def accept_residual(tokens, tree, p, q, coins, noise):
@@ -217,25 +216,22 @@ class Target:
 
     def _verify(self, tokens, q, tree):
         start = self.prefix_len[:, None]
-        positions = start + tree.node_depth
-        slots = start + torch.arange(tree.size, device=start.device)
+        positions, ahead, slots = start + tree.rows[:, None]                                # [B, M+1] each
         hidden = self.model(tokens, positions, slots, self.prefix_len, tree.ancestors, self.cache)
         if not self.residual:
-            own = self.sampler.choose(self.model, hidden, positions + 1, 1)[..., 0]
+            own = self.sampler.choose(self.model, hidden, ahead, 1)[..., 0]
             verdict = accept_coupled(tokens, tree, own)
         else:
             p = self.sampler.tempered(self.model.logits(hidden)).softmax(-1)                # [B, M+1, V]
-            ahead = start + 1 + torch.arange(tree.depth + 1, device=start.device)           # positions of the next tokens
+            ahead = start + 1 + torch.arange(tree.depth + 1, device=start.device)           # of each depth
             vocab, ranks = (torch.arange(n, device=start.device) for n in (p.shape[-1], tree.children.shape[1]))
             coins = kernels.uniform(self.sampler.seeds, ACCEPT, ahead[:, :-1], ranks)
             noise = self.sampler.noise(TARGET, ahead, vocab)
             verdict = accept_residual(tokens, tree, p, q, coins, noise)
+        report, src, dst = kernels.ops_for(tokens).settle(tokens, tree.parent, *verdict, self.prefix_len)
         if tree.depth:                                                      # else the root stands where it belongs
-            self.cache.commit(*path_slots(self.prefix_len, verdict))
-        self.prefix_len += verdict.length + 1
-        offered = ((tree.parent == verdict.path[:, -1:]) & (tokens >= 0)).any(1)
-        ends = torch.stack([verdict.length, verdict.bonus, offered], 1)
-        return verdict, torch.cat([tokens.gather(1, verdict.path), verdict.path, ends], 1)
+            self.cache.commit(src, dst)
+        return verdict, report
 
     def keep(self, rows):
         """Go on with the sequences `rows` alone."""

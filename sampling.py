@@ -102,8 +102,9 @@ class Sampler:
         T = hidden.shape[1]
         if not filtered and isinstance(model, Llama) and n <= kernels.MAX_BEST and T <= kernels.MAX_ROWS:
             step = kernels.MAX_ROWS // T                                    # sequences that fit into one launch
-            return torch.cat([model.ops.best(x, model.head, n, self.temperature, seeds, TARGET, at, ids)
-                              for x, seeds, at in zip(*(y.split(step) for y in (hidden, self.seeds, positions)))])
+            parts = [model.ops.best(x, model.head, n, self.temperature, seeds, TARGET, at, ids)
+                     for x, seeds, at in zip(*(y.split(step) for y in (hidden, self.seeds, positions)))]
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
         scores = self.scores(model.logits(hidden), positions, ids)
         if ids is not None:
             scores = scores.masked_fill(ids < 0, -torch.inf)                # "any other token" is no choice

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 import draft as draft_side
 import saguaro
 from batch import MAX_BUDGET, MAX_NODES, Batch
-from draft import Drafter, SpeculationCache, prompt_lookup
+from draft import Drafter, prompt_lookup
 from errors import UserError
 from graphs import Graphs
 from measure.pairs import rounded
@@ -449,7 +449,7 @@ def test_stats_are_what_the_trace_says(sampling, options, monkeypatch):
     """Watch the verifies, the lookups and the draft's forwards of a run and count everything again."""
     models = PAIRS["perturbed"]()
     verified, found, forwards, planned = [], [], [0], set()
-    verify, lookup, fill, plan = Target.verify, SpeculationCache.lookup, draft_side.prefill, Drafter.plan
+    verify, switch, fill, plan = Target.verify, Drafter.switch, draft_side.prefill, Drafter.plan
 
     def watch_plan(self, *args):
         planned.add(len(found))                                             # after how many rounds
@@ -460,16 +460,17 @@ def test_stats_are_what_the_trace_says(sampling, options, monkeypatch):
         verified.append((tokens.clone(), tree, verdict))
         return verdict, report
 
-    def watch_lookup(self, verdict):
-        found.append(lookup(self, verdict)[0].tolist())
-        return lookup(self, verdict)
+    def watch_switch(self, *args):
+        result = switch(self, *args)
+        found.append([bool(hit) for hit, _ in result.tolist()])
+        return result
 
     def watch_prefill(*args):
         result = fill(*args)
         forwards[0] = 0                                                     # count from here on
         return result
     monkeypatch.setattr(Target, "verify", watch_verify)
-    monkeypatch.setattr(SpeculationCache, "lookup", watch_lookup)
+    monkeypatch.setattr(Drafter, "switch", watch_switch)
     monkeypatch.setattr(draft_side, "prefill", watch_prefill)
     monkeypatch.setattr(Drafter, "plan", watch_plan)
     hook = models[1].register_forward_hook(lambda *_: forwards.__setitem__(0, forwards[0] + 1))

@@ -6,14 +6,18 @@ the last bit however many other tokens stand beside it.
 """
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
+import graphs
 import kernels
-from kernels import accept, commit, embed, head, launch, linear, tree_attention
+from kernels import accept, commit, embed, grow, head, launch, linear, settle, switch, tree_attention
 from kernels.linear import FIXED
+from layout import Layout
 from model import KVCache, Llama, LlamaConfig
+from saguaro import Options, sd, ssd
 from sampling import Sampler, Sampling
 from tree import Tree
 
@@ -188,7 +192,7 @@ def test_attention_does_not_depend_on_company(prefix, unit, splits, monkeypatch)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Embedding, norm, head, accept, commit
+# Embedding, norm, head, and what a round does with their tokens
 
 def test_embed():
     V, dim, D, B, T = 50, 96, 32, 2, 5
@@ -238,6 +242,91 @@ def test_walk():
         assert all(map(torch.equal, got, want))
 
 
+def ints(high, *shape, low=0):
+    return torch.randint(low, high, shape, device=DEVICE)
+
+
+def verdict_on(tree, B):
+    """A verdict somewhere on the tree for each of B sequences: path, length, bonus."""
+    paths = []
+    for _ in range(B):
+        path = [random.randrange(tree.size)]
+        while path[0]:
+            path.insert(0, tree.parents[path[0]])
+        paths.append(path)
+    length = torch.tensor([len(path) - 1 for path in paths], device=DEVICE)
+    path = torch.tensor([path + path[-1:] * (tree.depth + 1 - len(path)) for path in paths], device=DEVICE)
+    return path, length, ints(9, B)
+
+
+TREES = [[-1], [-1, 0], [-1, 0, 1, 2, 3], [-1, 0, 0, 0, 1, 1, 2], [-1, 0, 0, 1, 1, 1, 1, 1, 2, 4, 4]]
+
+
+@pytest.mark.parametrize("parents, B", list(itertools.product(TREES, [1, 3])))
+def test_settle(parents, B):
+    tree = Tree(parents, DEVICE)
+    for _ in range(4):
+        args = ints(9, B, tree.size, low=-1), tree.parent, *verdict_on(tree, B)
+        ours = ints(50, B)
+        twins = ours.clone()
+        got, want = settle.settle(*args, ours), settle.settle_ref(*args, twins)
+        assert all(map(torch.equal, got, want)) and torch.equal(ours, twins)
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+@pytest.mark.parametrize("parents, B, known", list(itertools.product(TREES[1:], [1, 3], [False, True])))
+def test_grow(parents, B, known, trimmed):
+    """Level by level and all nodes at once; drawn apart from the ranked (residual) and from among them."""
+    tree, V = Tree(parents, DEVICE), 40
+    layout, C = Layout(tree, [2] + [0] * (tree.size - 2) + [1], DEVICE), tree.children.shape[1]
+    to_target = torch.cat([torch.tensor([-1]), torch.randperm(60)[:V - 1]]).to(DEVICE) if trimmed else None
+    to_draft = ints(V, 60) if trimmed else None
+    schedules = [(1, layout.refeed.levels), (1, layout.ahead.levels[:1]), (1, layout.glued.levels[:1]),
+                 (len(layout.nodes), layout.ahead.levels[1:])]
+    for (R, levels), apart in itertools.product(schedules, [False, True]):
+        ours = [ints(60, B, R, tree.size, low=-1), ints(60, B, R, tree.size, layout.width)]
+        twins = [x.clone() for x in ours]
+        for level in levels:
+            rows = R * (level.nodes.stop - level.nodes.start)
+            draw = lambda n: torch.rand(B, rows, V, device=DEVICE).topk(n).indices
+            ranked = draw(layout.width + C)
+            drawn = draw(level.n_choices) if apart else ranked
+            args = ranked, drawn, ints(2, B).bool() if known else None, tree.children, level.nodes, level.below
+            got, want = (op(*own, *args, to_target, to_draft) for op, own in ((grow.grow, ours), (grow.grow_ref, twins)))
+            assert torch.equal(got, want) and all(map(torch.equal, ours, twins))
+
+
+def test_guesses_are_no_children():
+    """By hand: node 0 of [-1, 0, 0] with 3 guesses."""
+    tree = Tree([-1, 0, 0], DEVICE)
+    tensor = lambda *x: torch.tensor(x, device=DEVICE)
+    for op in grow.grow, grow.grow_ref:
+        tokens, guesses = tensor([[9, 7, 4]], [[9, 0, 0]]), torch.zeros(2, 1, 3, 3, dtype=torch.int64, device=DEVICE)
+        ranked = tensor([[5, 4, 3, 2, 1]], [[5, 4, 3, 2, 1]])
+        fed = op(tokens, guesses, ranked, ranked, tensor(True, False), tree.children, slice(0, 1), slice(1, 3), None, None)
+        assert tokens.tolist() == [[[9, 7, 4]], [[9, 5, 4]]] and fed.tolist() == [[7, 4], [5, 4]]
+        assert guesses[:, 0, 0].tolist() == [[5, 3, 2], [3, 2, 1]] and not guesses[:, :, 1:].any()
+
+
+@pytest.mark.parametrize("parents, B, N", list(itertools.product(TREES[1:], [1, 3], [0, 1, 30])))
+def test_switch(parents, B, N):
+    tree, F, room = Tree(parents, DEVICE), 3, 80
+    for hit in (True, False):
+        verdict = path, _, bonus = verdict_on(tree, B)
+        branches = ints(9, B, N, tree.size), ints(9, B, N, tree.size, F)
+        nodes, roots = ints(tree.size, N), ints(9, B, N) + 9            # none is the bonus ...
+        roots[:, :-1] = bonus[:, None].where(nodes[:-1] != path[:, -1:], 9)     # ... or the node is another ...
+        if hit and N:
+            nodes[-1], roots[0, -1] = path[0, -1], bonus[0]             # ... but here
+        ours = [ints(9, B, tree.size), ints(9, B, tree.size, F), ints(9, B, room), 20 + ints(30, B)]
+        twins = [x.clone() for x in ours]
+        outcomes = (nodes, roots, *branches) if N else None
+        got, want = switch.switch(*verdict, *ours, outcomes), switch.switch_ref(*verdict, *twins, outcomes)
+        assert all(map(torch.equal, ours, twins)) and all(map(torch.equal, got[1:], want[1:]))
+        assert torch.equal(got[0], want[0]) if N else got[0] is want[0] is None
+        assert not N or got[0][0].tolist() == [int(hit), N - 1 if hit else 0]
+
+
 def test_commit():
     k, v = randn(2, 3, 2, 2, 90, 32)
     start = torch.tensor([[3], [40]], device=DEVICE)
@@ -274,6 +363,39 @@ def test_forward_matches_the_twins():
         depth = tree.node_depth[None]
         out.append(step(model, cache, [list(range(tree.size))], 70 + depth, 70 + torch.arange(tree.size)[None], [70], tree.mask))
     torch.testing.assert_close(*out, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(CUDA, reason="the loops run on these kernels there (test_correctness.py)")
+@pytest.mark.parametrize("trimmed", [False, True])
+@pytest.mark.parametrize("options", [Options(k=3, fanout_budget=7), Options(tree="2,2", fanout_budget=9, backup="fast"),
+                                     Options(tree="2,1", accept="residual", saguaro_c=0.5, fanout_budget=5)], ids=str)
+def test_rounds_match_the_twins(options, trimmed, monkeypatch):
+    """Whole requests on the kernels that end a level, a verify and a round, in memory that starts as garbage."""
+    config = LlamaConfig(vocab_size=60, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=48)
+    target, draft = (Llama.random(config, 1, dtype=torch.float32) for _ in range(2))
+    target.head.mul_(4), draft.head.mul_(4)                             # confident, like a language model
+    if trimmed:                                                         # it has never heard of the last ten tokens
+        draft = Llama.random(replace(config, vocab_size=51, target_vocab_size=60), 1, dtype=torch.float32)
+        layers = {name: x for name, x in target.state_dict().items() if "layers" in name}
+        draft.load_state_dict({**draft.state_dict(), **layers})
+        draft.d2t[1:] = torch.arange(50)
+        draft.embed[1:], draft.head[1:] = target.embed[:50], target.head[:50]
+    draft.norm.mul_(0.5 + torch.rand(32))                               # agrees with the target now and then
+
+    def at_once(self, work, args):                                      # the interpreter isn't made for threads
+        result = work(*args)
+        return lambda: result
+    monkeypatch.setattr(graphs.Beside, "submit", at_once)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    prompts, out = [[1, 2, 3], [4], [5, 6, 5, 6, 5]], []
+    for ops in (kernels.TORCH, kernels.TRITON):
+        monkeypatch.setattr(kernels, "ops_for", lambda tensor: ops)
+        for loop in (sd, ssd):
+            rounds = loop(target, draft, prompts, [9, 14, 12], Sampling(0.9, seed=3), options)
+            out.append([(chunk.sequence, chunk.tokens, chunk.origins) for chunks in rounds for chunk in chunks])
+    torch.use_deterministic_algorithms(False)
+    assert out[:2] == out[2:] and {"accepted-hit", "accepted-miss"} <= {kind for *_, kinds in out[3] for kind in kinds}
 
 
 def test_many_rows_go_in_groups(monkeypatch):

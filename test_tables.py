@@ -14,7 +14,7 @@ import torch
 
 import kernels
 import saguaro
-from draft import Drafter, SpeculationCache
+from draft import Drafter
 from model import LlamaConfig
 from sampling import Sampler, Sampling, filter_logits, saguaro_probs
 from saguaro import Options, Stats
@@ -296,12 +296,12 @@ def fast_as_if_drafted(monkeypatch):
 
 def choosy_lookup(monkeypatch):
     """A branch is dropped for what was sampled into it, so those that are left aren't samples of q."""
-    lookup = SpeculationCache.lookup
+    switch = Drafter.switch
 
-    def wrong(self, verdict):
-        hit, branch = lookup(self, verdict)
-        return hit & (self.select(branch).tokens[:, 1] < V // 2), branch
-    monkeypatch.setattr(SpeculationCache, "lookup", wrong)
+    def wrong(self, verdict, cache):
+        dropped = cache.branches.tokens[:, :, 1] >= V // 2
+        return switch(self, verdict, cache._replace(roots=cache.roots.masked_fill(dropped, -1)))
+    monkeypatch.setattr(Drafter, "switch", wrong)
 
 
 def frozen_noise(monkeypatch):

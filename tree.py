@@ -29,6 +29,8 @@ class Tree:
         self.ancestors = Ancestors.of(self.mask)
         self.parent = torch.tensor(self.parents, device=device)
         self.node_depth = torch.tensor(self.depths, device=device)
+        slots = torch.arange(self.size, device=device)
+        self.rows = torch.stack([self.node_depth, self.node_depth + 1, slots])  # position, the next one, slot: from the root's
         children = torch.full((self.size, max(1, *self.n_children)), -1)    # [M+1, C], -1 where there is none
         for node in range(1, self.size):
             children[self.parents[node], self.ranks[node]] = node

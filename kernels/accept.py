@@ -14,8 +14,8 @@ def walk_ref(tokens, parent, depth, own):
 
     tokens [B, M+1]: the tree's tokens, node 0 the root; -1 marks an empty node, which is never accepted.
     parent [M+1]: parent of each node (-1 for the root), depth: the tree's depth (int). own [B, M+1]: the target's token
-    after each node. Returns path [B, depth+1] (accepted nodes, root first, the last one repeated) and length [B] (how
-    many of them follow the root: k).
+    after each node. Returns path [B, depth+1] (accepted nodes, root first, the last one repeated), length [B] (how many
+    of them follow the root: k) and bonus [B] (the target's token after the last one).
     """
     B = tokens.shape[0]
     node = torch.zeros(B, dtype=torch.int64, device=tokens.device)
@@ -27,11 +27,12 @@ def walk_ref(tokens, parent, depth, own):
         node = torch.where(found > 0, child, node)
         length = length + found
         path.append(node)
-    return torch.stack(path, dim=1), length
+    return torch.stack(path, dim=1), length, own.gather(1, node[:, None])[:, 0]
 
 
 @triton.jit
-def walk_kernel(token_ptr, parent_ptr, own_ptr, path_ptr, length_ptr, size, depth, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def walk_kernel(token_ptr, parent_ptr, own_ptr, path_ptr, length_ptr, bonus_ptr, size, depth, BLOCK: tl.constexpr,
+                PDL: tl.constexpr):
     wait_for_inputs(PDL)
     b = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
@@ -41,20 +42,22 @@ def walk_kernel(token_ptr, parent_ptr, own_ptr, path_ptr, length_ptr, size, dept
     node = b * 0
     length = b * 0
     tl.store(path_ptr + b * (depth + 1), node)
+    want = tl.sum(tl.where(i == 0, own, 0), axis=0)
     for d in range(depth):
-        want = tl.sum(tl.where(i == node, own, 0), axis=0)
         child = tl.max(tl.where((parent == node) & (tokens == want), i, 0), axis=0).to(tl.int64)
         length += (child > 0).to(tl.int64)
         node = tl.where(child > 0, child, node)
+        want = tl.sum(tl.where(i == node, own, 0), axis=0)
         tl.store(path_ptr + b * (depth + 1) + d + 1, node)
     tl.store(length_ptr + b, length)
+    tl.store(bonus_ptr + b, want)
 
 
 def walk(tokens, parent, depth, own):
     """As walk_ref."""
     B, size = tokens.shape
     path = torch.empty(B, depth + 1, device=tokens.device, dtype=torch.int64)
-    length = torch.empty(B, device=tokens.device, dtype=torch.int64)
-    walk_kernel[(B,)](tokens.contiguous(), parent, own.contiguous(), path, length, size, depth,
+    length, bonus = torch.empty(2, B, device=tokens.device, dtype=torch.int64)
+    walk_kernel[(B,)](tokens.contiguous(), parent, own.contiguous(), path, length, bonus, size, depth,
                       triton.next_power_of_2(size), PDL=pdl(tokens.device), num_warps=1, **launch_options(tokens.device))
-    return path, length
+    return path, length, bonus

@@ -2,6 +2,7 @@
 
 Bytes: P rows of D elements per layer and KV head, read and written once, for K and for V. Grid: (L, B * KV).
 """
+import torch
 import triton
 import triton.language as tl
 
@@ -42,3 +43,21 @@ def commit(k, v, src, dst):
     commit_kernel[(L, B * KV)](k, v, src.contiguous(), dst.contiguous(), src.shape[1], *k.stride()[:3], KV, D,
                                triton.next_power_of_2(src.shape[1]), PDL=pdl(k.device), num_warps=4,
                                **launch_options(k.device))
+
+
+def path_slots_ref(path, length, prefix_len):
+    """Where an accepted path lies and where it goes: src, dst [B, K+1]. Entries behind its end copy the root onto itself.
+
+    path [B, K+1]: accepted nodes, root first; length [B]: how many of them follow the root; prefix_len [B].
+    """
+    start, i = prefix_len[:, None], torch.arange(path.shape[1], device=path.device)
+    live = i <= length[:, None]
+    return torch.where(live, start + path, start), torch.where(live, start + i, start)
+
+
+@triton.jit
+def path_slots(path, i, length, start, src_ptr, dst_ptr, DEPTH):
+    """As path_slots_ref for one sequence; path [BLOCK]: its entry i, of which there are DEPTH + 1."""
+    live = i <= length
+    tl.store(src_ptr + i, start + tl.where(live, path, 0), mask=i <= DEPTH)
+    tl.store(dst_ptr + i, start + tl.where(live, i, 0), mask=i <= DEPTH)

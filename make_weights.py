@@ -47,7 +47,10 @@ class Plots:
         self.sentence_end = torch.tensor([piece.rstrip('" \n').endswith((".", "!", "?")) for piece in pieces]).to(device)
         self.quotes = torch.tensor([piece.count('"') % 2 for piece in pieces]).to(device)
         cues = [*cues, []]                                                  # the last is for rows without a text
-        pad = lambda lists: torch.tensor([row + [0] * (max(map(len, lists)) - len(row)) for row in lists]).to(device)
+
+        def pad(lists):
+            width = max(map(len, lists))
+            return torch.tensor([row + [0] * (width - len(row)) for row in lists]).to(device)
         self.queue = pad([sum(texts, []) + [0] for texts in cues])          # [P + 1, Q] all cues, one after the other
         self.bounds = pad([[0, *itertools.accumulate(map(len, texts))] for texts in cues])      # [P + 1, cues + 1]
         self.pace = torch.tensor([*pace, 0]).to(device)

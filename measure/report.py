@@ -127,8 +127,17 @@ def speculation_table(result):
         table(["", "tokens per round", "acceptance", "hit rate", "draft forwards per round"], rows)
 
 
+def tried_table(result):
+    number = lambda x, digits: "-" if x is None else f"{x:.{digits}f}"
+    rows = [[r["what"], r["run"], *(f"{r[name]:.2f}" for name in ("verify_ms", "draft_ms", "both_ms")),
+             f"{r['verify_end_ms']:.2f}, {r['draft_end_ms']:.2f}", number(r["hit_rate"], 2), number(r["sd_tok_s"], 0),
+             number(r["ssd_tok_s"], 0)] for r in result["rows"]]
+    return result["what"] + ".\n\n" + table(["", "run", "verify ms", "draft ms", "both ms", "each side's end in both", "hit rate",
+                                             "sd tok/s", "ssd tok/s"], rows)
+
+
 KINDS = {"speed": speed_table, "steps": steps_table, "kernels": kernels_table, "predict": predict_table,
-         "speculation": speculation_table}
+         "speculation": speculation_table, "tried": tried_table}
 
 
 def tables(result):
@@ -139,7 +148,8 @@ def tables(result):
 def block(path):
     """What README.md says between the markers of a results file."""
     result = json.loads(path.read_text(encoding="utf-8"))
-    text = f"Command: `{result['command']} --json results/{path.name}`\n\n" + tables(result)
+    made = f"`{result['command']} --json results/{path.name}`" if result["command"].startswith("python") else result["command"]
+    text = f"Command: {made}\n\n" + tables(result)
     return text + (f"\n![{path.stem}](results/{path.stem}.svg)\n" if plot(result) else "")
 
 

@@ -107,17 +107,18 @@ def usual_ctas(target_model, draft_model):
 
 @torch.inference_mode()
 def measure(target_model, draft_model, sampling=Sampling(), batch=1, context=256, k=Options.k, budget=Options.fanout_budget,
-            ctas=None):
+            ctas=None, widths=True):
     """Time the parts of a round behind a text of `context` tokens. Returns Times without `extra`.
 
-    What runs together when the overlap is measured is a chain of k and `budget` outcomes, for every CTA budget in `ctas`: by
+    widths: also for verifies of other widths than 1 and k + 1 tokens, and for other numbers of branches than `budget`. What
+    runs together when the overlap is measured is a chain of k and `budget` outcomes, for every CTA budget in `ctas`: by
     default None, all that a linear wants, and those of `cta_budgets`.
     """
     times, device, gpu = Times(batch), target_model.device, target_model.device.type == "cuda"
     which = 1 if gpu else 0                 # the median, or the least: others use a CPU as well, and are no part of a round
     took = lambda run: seconds_of(run, device, draft_model.device, repeats=REPEATS)[which]
     prompts, sampler = [[1] * context] * batch, Sampler(sampling, [0] * batch, device)
-    branches = {*BRANCHES, budget} if gpu else {8, 32, budget}
+    branches = {budget, *((BRANCHES if gpu else (8, 32)) if widths else ())}
     chain, room = Tree.chain(k, draft_model.device), context + (k + 1) * (max(branches) + 2)
     drafter = Drafter(draft_model, batch, sampler, room, Options())
     drafter.start(prompts, sampler, Stats())
@@ -130,7 +131,7 @@ def measure(target_model, draft_model, sampling=Sampling(), batch=1, context=256
         beside = took(drafter.precompute)
         times.draft.append([n, max(one, (beside - one) / k)])
 
-    chains = {n: Tree.chain(n - 1, device) for n in sorted({*TOKENS, k + 1})}
+    chains = {n: Tree.chain(n - 1, device) for n in sorted({1, k + 1, *(TOKENS if widths else ())})}
     tokens = {n: torch.ones(batch, n, dtype=torch.int64, device=device) for n in chains}
     for limit in [None, *cta_budgets(target_model)] if ctas is None else ctas:
         target_model.run_with(ctas=limit)

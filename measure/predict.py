@@ -33,7 +33,7 @@ def parts(pair, stats, sampling, options, context, ctas):
     "together", a verify beside the next round's drafting. stats: of a run, from which acceptance is known.
     """
     k, budget = options.k, options.fanout_budget
-    times = measure(pair.target, pair.draft, sampling, 1, context, k, budget, dict.fromkeys((None, ctas)))
+    times = measure(pair.target, pair.draft, sampling, 1, context, k, budget, dict.fromkeys((None, ctas)), widths=False)
     times.overlap = [[limit, e] for limit, e in times.overlap if limit == ctas]
     tree, fan = make_plan(options, stats, pair.draft)
     found = dict(k=k, budget=budget, ar=times.verify_seconds(1), verify=times.verify_seconds(k + 1),

@@ -17,7 +17,7 @@ import triton.language as tl
 from kernels.linear import rotate
 from kernels.noise import TARGET, gumbel_of, gumbel_ref, key32
 
-KEYS, ATTEND_WARPS, ATTEND_STAGES = 64, 4, 2    # a block of the attention's loop
+KEYS, ATTEND_WARPS, ATTEND_STAGES = 32, 2, 4    # a block of the attention's loop
 TOKENS = 4096                                   # a block of logits
 
 

@@ -30,14 +30,15 @@ def operations(shape):
             ("linear", c.dim, c.ffn_dim, 0, 0), ("best", c.vocab_size, c.dim, 0, 0)]
 
 
-def candidates(op, N, K, head_dim, element_size):
-    """Block shapes worth trying: tiles in flight of 32 to 200 KB, a grid that isn't tiny."""
+def candidates(op, N, K, head_dim, element_size, rows):
+    """Block shapes worth trying: tiles in flight of 32 to 200 KB, a grid that isn't tiny (smaller where x is what moves)."""
     for BN, BK, stages, warps, split in itertools.product((16, 32, 64, 128), (64, 128, 256, 512), (2, 3, 4, 5, 6, 9),
                                                           (1, 2, 4, 8), (1, 2, 4)):
         flight, programs, steps = BN * BK * element_size * stages, -(-N // BN) * split, -(-K // BK // split)
         small = N * K < 4e6                         # latency counts there, not bytes in flight
+        least = 24 if small else 40 if rows > 16 else 90
         if (not (8e3 if small else 48e3) < flight < 115e3 or stages > max(2, steps) or BK > K or head_dim and BN > head_dim
-                or split > 1 and (op != "linear" or programs > 600 or steps < 2) or programs < (24 if small else 90)
+                or split > 1 and (op != "linear" or programs > 600 or steps < 2) or programs < least
                 or BN > 32 and programs > 4200 or BN < 64 and N > 100000 or (warps == 8) != (BN * BK >= 64 * 256)
                 or K % BK and not small or (stages in (2, 4, 6) if small else stages > 6 or warps < 4)):
             continue
@@ -112,7 +113,7 @@ def main():
         plans = {}
         for shape in args.shapes.split(","):
             for operation in operations(shape):
-                blocks = list(candidates(*operation[:4], 1 if args.int8 else 2))
+                blocks = list(candidates(*operation[:4], 1 if args.int8 else 2, args.rows))
                 if args.rows > 16:                      # the split shows in the bits: it is that of a single row
                     split = launch.blocks_for(*operation[1:3]).split
                     blocks = [b for b in blocks if b.split == split]

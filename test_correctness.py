@@ -3,6 +3,7 @@ The engine against itself and the paper's maths: ar == sd == ssd token for token
 
 That `residual` is lossless in distribution is tested in test_tables.py.
 """
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -10,6 +11,7 @@ import itertools
 import math
 import random
 import time
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -22,7 +24,7 @@ import saguaro
 from batch import MAX_BUDGET, MAX_NODES, Batch
 from draft import Drafter, prompt_lookup
 from errors import UserError
-from graphs import Graphs
+from graphs import MOST, Graphs
 from measure.pairs import rounded
 from model import KVCache, Llama, LlamaConfig, prefill
 from sampling import Sampler, Sampling, saguaro_probs
@@ -693,6 +695,21 @@ def test_a_steady_round_copies_nothing(played_graphs):
             before = played_graphs["copied"], played_graphs["recorded"]
             run(saguaro.ssd, PAIRS["perturbed"](), [[1, 2, 3 + request]], 40, Sampling(), options)
     assert (played_graphs["copied"], played_graphs["recorded"]) == before
+
+
+def test_many_graphs_make_room(monkeypatch):
+    """A side keeps so many graphs; the one just recorded is never the one that goes, however early it was first asked for."""
+    class Recording:
+        capture_begin = capture_end = replay = lambda self, **_: None
+    stand = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in (("CUDAGraph", Recording), ("current_stream", lambda: stand), ("stream", contextlib.nullcontext)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    graphs = Graphs(False)
+    graphs.on, graphs.stream = True, stand
+    double = types.MethodType(lambda self, n: 2 * n, graphs)
+    asked = [*range(MOST + 1), 0, *range(2 * MOST), *range(2 * MOST)]
+    assert [graphs(double, n) for n in asked] == [2 * n for n in asked]
+    assert sum(graph is not None for graph in graphs.recorded.values()) <= MOST
 
 
 def test_leaving_early_and_failing(monkeypatch):

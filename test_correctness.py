@@ -688,6 +688,24 @@ def test_requests_that_take_turns(played_graphs, temperature):
     assert found == [plain_texts(*request)[0] for request in requests]
 
 
+def test_a_finished_request_leaves_its_sides_alone(monkeypatch):
+    """The next request may have taken them over before the first one is asked whether there is more."""
+    models, options, first, second = PAIRS["perturbed"](), Options(k=3, tree="6"), Stats(), Stats(trace=[])
+    monkeypatch.setattr(saguaro, "time_to_replan", lambda options, batch: batch.stats is first)
+    monkeypatch.setattr(saguaro, "WORTHWHILE", -1.0)                        # a new plan each time
+    request = [[4, 5, 6]], 40, Sampling()
+    text, expected, _ = run(saguaro.sd, models, *request, options)
+    early = saguaro.sd(*models, [[1, 2, 3]], 20, Sampling(), options, stats=first)
+    while first.tokens < 20:
+        next(early)
+    late = saguaro.sd(*models, *request, options, stats=second)
+    chunks = next(late)
+    first.choices[0] = [999, 1]                                             # it would plan a very wide tree now
+    assert not list(early)
+    chunks += itertools.chain(*late)
+    assert [[token for chunk in chunks for token in chunk.tokens]] == text and counts(second) == counts(expected)
+
+
 def test_a_steady_round_copies_nothing(played_graphs):
     """From the third request of a kind on, every graph finds its arguments where they lay."""
     for options in (Options(k=3, fanout="uniform"), Options(k=3, tree="3,1", fanout="uniform")):

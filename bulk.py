@@ -126,8 +126,8 @@ class Slots:
         self.row = torch.arange(B, device=device)                           # each slot's text
         self.at = torch.zeros(B, dtype=torch.int64, device=device)          # position of the token that is fed next
         self.next = torch.full((), B, device=device)                        # the next prompt
-        kernels = device.type == "cuda" and model.config.head_dim & (model.config.head_dim - 1) == 0
-        self.ops, self.graphs = rows.TRITON if kernels else rows.TORCH, Graphs(device.type == "cuda")
+        cuda, D = device.type == "cuda", model.config.head_dim
+        self.ops, self.graphs = rows.TRITON if cuda and D & (D - 1) == 0 else rows.TORCH, Graphs(cuda)
 
     def step(self):
         """One token for each slot. What a failed kernel leaves behind can be stepped again: the state changes last."""

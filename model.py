@@ -258,7 +258,7 @@ class Llama(nn.Module):
 
     def run_with(self, ops=None, graphs=None, ctas=None):
         """Choose how this model runs: ops "torch" or "triton", CUDA graphs or not; None keeps what fits the device.
-        ctas: the most programs that a Triton linear launches, so that another model finds room beside this one."""
+        ctas: about how many programs a Triton linear launches, so that another model finds room beside this one."""
         if (ops == "triton" or graphs) and self.device.type != "cuda":
             raise UserError(f"Triton kernels and CUDA graphs need a CUDA GPU, the model is on {self.device}; "
                             f"leave out --kernels or choose torch")

@@ -78,8 +78,9 @@ def blocks_for(N, K, rows=1):
 class Launch:
     """Shapes, block shapes, grid and launch options of one skinny linear: x [..., K] with M rows, w [N, K] or Int8Weight.
 
-    most: the largest BN that fits; ctas: the most programs to launch, which then work in a loop with few bytes in flight,
-    for a model that shares the GPU: what it asks the memory for waits behind all that this one has asked for. None: all.
+    most: the largest BN that fits. ctas: None, or for a model that shares the GPU, programs to launch where there is work
+    for two of each: they then loop. Each keeps few bytes in flight, too: what the other model asks the memory for waits
+    behind all that this one has asked for.
     """
 
     def __init__(self, x, w, most=1 << 30, ctas=None):

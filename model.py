@@ -227,8 +227,7 @@ class Llama(nn.Module):
         the text), cache slots (storage). prefix_len [B] int64. mask [T, S] bool, or kernels.Ancestors.of it: new token t
         sees speculative slot j, i.e. cache slot prefix_len + j, besides the whole prefix; parents stand before their
         children, and no token sees a slot above its step's highest.
-        end: a host-side bound on the slots in use, if the caller knows one. Returns hidden [B, T, dim] after the
-        final norm.
+        end: a host-side bound on the slots in use, if the caller knows one. Returns hidden [B, T, dim], after the final norm.
         """
         B, T = tokens.shape
         if self.ops is not kernels.TORCH and T <= kernels.MAX_ROWS < B * T:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from errors import UserError
-from graphs import Graphs
+from graphs import Graphs, on
 from kernels import rows
 from kernels.linear import rotate
 from model import KVCache, Llama
@@ -74,7 +74,8 @@ def dense_hidden(model, tokens):
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))                    # [B, heads, T, D]
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
     if tokens.is_cuda and not torch.is_grad_enabled():                      # in training torch.compile fuses the twins
-        return forward(model, tokens, attention, rows.add_norm, rows.swiglu)
+        with on(tokens.device):
+            return forward(model, tokens, attention, rows.add_norm, rows.swiglu)
     return forward(model, tokens, attention, rows.add_norm_ref, rows.swiglu_ref)
 
 
@@ -126,8 +127,8 @@ class Slots:
         self.row = torch.arange(B, device=device)                           # each slot's text
         self.at = torch.zeros(B, dtype=torch.int64, device=device)          # position of the token that is fed next
         self.next = torch.full((), B, device=device)                        # the next prompt
-        kernels = device.type == "cuda" and model.config.head_dim & (model.config.head_dim - 1) == 0
-        self.ops, self.graphs = rows.TRITON if kernels else rows.TORCH, Graphs(device.type == "cuda")
+        cuda, D = device.type == "cuda", model.config.head_dim
+        self.ops, self.graphs = rows.TRITON if cuda and D & (D - 1) == 0 else rows.TORCH, Graphs(cuda)
 
     def step(self):
         """One token for each slot. What a failed kernel leaves behind can be stepped again: the state changes last."""
@@ -180,10 +181,10 @@ def sample_continuations(model, prompts, max_new_tokens, temperature=0.0, min_p=
     if total > model.config.max_context:
         raise UserError(f"the longest prompt and {max_new_tokens} new tokens are {total} tokens, "
                         f"the target's context is {model.config.max_context}; shorten the prompts or --max-new")
-    slots = Slots(model, prompts, max_new_tokens, temperature, min_p, seed, stop_ids, penalty, steer, batch)
     start = torch.tensor([len(prompt) for prompt in prompts])
-    began = told = time.time()
-    with flash():
+    with on(model.device), flash():
+        slots = Slots(model, prompts, max_new_tokens, temperature, min_p, seed, stop_ids, penalty, steer, batch)
+        began = told = time.time()
         while True:
             slots.advance(CHECK_EVERY)
             working, asked = (slots.row < slots.P).any().item(), slots.next.item()

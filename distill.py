@@ -124,7 +124,7 @@ class Teacher:
         self.target, n = target, int((rows.end - rows.start).sum())
         size = n * (target.config.dim * target.embed.element_size() + 12)
         torch.cuda.empty_cache()                                            # what sampling held counts as free
-        free = torch.cuda.mem_get_info()[0] if target.embed.is_cuda else 4e9
+        free = torch.cuda.mem_get_info(target.device)[0] if target.embed.is_cuda else 4e9
         self.kept = keep and size < 0.5 * free
         new = lambda *shape, dtype: torch.empty(n, *shape, dtype=dtype, device=target.device)
         if self.kept:

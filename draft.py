@@ -10,7 +10,7 @@ on that, the draft guesses N outcomes and drafts a whole new speculation for eac
     cache slots of a sequence | committed prefix | trunk: M+1 nodes | branch 0: M+1 nodes | ... | branch N-1 |
                                                  ^ prefix_len
 
-Shapes: B sequences, M+1 tree nodes, K tree depth, N branches, F guesses per node, V vocabulary.
+Shapes: B sequences, M+1 tree nodes, K tree depth, C most children of a node, N branches, F guesses per node, V vocabulary.
 """
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -52,7 +52,7 @@ class SpeculationCache(NamedTuple):
 def prompt_lookup(history, length, depth, n=2):
     """Draft without a model: what followed the latest earlier occurrence of the last n tokens (Saxena 2023).
 
-    history [B, C] int64 with length [B] tokens each. Returns [B, depth], -1 where nothing is known.
+    history [B, room] int64 with length [B] tokens each. Returns [B, depth], -1 where nothing is known.
     """
     device = history.device
     windows = history.unfold(1, n, 1)[:, :-1]                               # [B, W, n], each with a successor
@@ -143,10 +143,10 @@ class Drafter:
     def choices(self, hidden, positions, level):
         """What the draft would put at positions [B, T], given hidden [B, T, dim], in its own ids.
 
-        Returns ranked [B, T, F + C], the most likely tokens for the outcome guesses; drawn [B, T, children], its first,
-        second, ... choice for the tree; q [B, T, V] in target ids (residual only), which these were drawn from. Greedy
-        and coupled draw the best under the sampler's scores, residual draws from q_C without replacement (Gumbel top-k)
-        with noise of its own.
+        Returns ranked [B, T, F + C], the most likely tokens, for the outcome guesses; drawn [B, T, at least the level's
+        n_choices], its first, second, ... choice for the tree; and q [B, T, V] in target ids, which these were drawn from
+        (residual only). Greedy and coupled draw the best under the sampler's scores, residual draws from q_C without
+        replacement (Gumbel top-k) with noise of its own.
         """
         ids, most = self.target_ids, self.width + self.tree.children.shape[1]
         if not self.residual:
@@ -180,7 +180,7 @@ class Drafter:
             fed = self.draft_ids[fed]                                       # an empty node, -1, may read as any token
         for level, (positions, ahead, slots) in forwards:
             hidden = self.model(fed, positions, slots, self.prefix_len, level.ancestors, self.cache)
-            T = len(level.fan_out)                                          # the last ones, where more than a level is fed
+            T = len(level.fan_out)                                          # rows of the level: a refeed has one more in front
             ranked, drawn, q = self.choices(hidden[:, -T:].contiguous(), ahead[:, -T:], level)
             fed = ops.grow(spec.tokens, spec.guesses, ranked, drawn, known, self.tree.children, level.nodes, level.below,
                            self.target_ids, self.draft_ids)
@@ -216,11 +216,10 @@ class Drafter:
 
     def _precompute(self, glue):
         layout = self.layout
-        forwards = layout.glued if glue else layout.ahead
-        first, *deeper = forwards.behind(self.prefix_len)
+        (level, rows), *deeper = (layout.glued if glue else layout.ahead).behind(self.prefix_len)
         known = torch.ones_like(self.prefix_len, dtype=torch.bool) if glue else None
         trunk = self.trunk._replace(q=None)                                 # the target reads tokens and q just now
-        self.grow(trunk, self.spec.tokens[:, forwards.levels[0].nodes], [first], known)
+        self.grow(trunk, self.spec.tokens[:, level.nodes], [(level, rows)], known)
         roots = self.spec.guesses.flatten(1).index_select(1, layout.guesses)    # [B, N]
         branches = self.blank(layout, len(layout.guesses))
         self.grow(branches, roots, deeper)

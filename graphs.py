@@ -70,6 +70,7 @@ class Graphs:
                     results = f(*args)
                 finally:
                     graph.capture_end()
+            self.recorded.pop(key)              # the newest stands last, the oldest makes room
             self.recorded[key] = graph, leaves, results
             if len(self.recorded) > MOST:
                 self.recorded.pop(next(iter(self.recorded)))

@@ -227,8 +227,7 @@ class Llama(nn.Module):
         the text), cache slots (storage). prefix_len [B] int64. mask [T, S] bool, or kernels.Ancestors.of it: new token t
         sees speculative slot j, i.e. cache slot prefix_len + j, besides the whole prefix; parents stand before their
         children, and no token sees a slot above its step's highest.
-        end: a host-side bound on the slots in use, if the caller knows one. Returns hidden [B, T, dim] after the
-        final norm.
+        end: a host-side bound on the slots in use, if the caller knows one. Returns hidden [B, T, dim], after the final norm.
         """
         B, T = tokens.shape
         if self.ops is not kernels.TORCH and T <= kernels.MAX_ROWS < B * T:
@@ -258,7 +257,7 @@ class Llama(nn.Module):
 
     def run_with(self, ops=None, graphs=None, ctas=None):
         """Choose how this model runs: ops "torch" or "triton", CUDA graphs or not; None keeps what fits the device.
-        ctas: the most programs that a Triton linear launches, so that another model finds room beside this one."""
+        ctas: about how many programs a Triton linear launches, so that another model finds room beside this one."""
         if (ops == "triton" or graphs) and self.device.type != "cuda":
             raise UserError(f"Triton kernels and CUDA graphs need a CUDA GPU, the model is on {self.device}; "
                             f"leave out --kernels or choose torch")

@@ -289,6 +289,8 @@ def sd(target_model, draft_model, prompts, max_new_tokens, sampling, options, st
         if time_to_replan(options, batch):
             yield from batch.outcomes(tree, drain=True)
             batch.drop_finished(target, drafter)
+            if not batch.live:                                          # its sides are another request's now
+                break
             old, (tree, fan) = tree, make_plan(options, batch.stats, draft_model, (tree, fan))
             if tree is not old:
                 batch.stats.stops.clear()

@@ -3,6 +3,7 @@ The engine against itself and the paper's maths: ar == sd == ssd token for token
 
 That `residual` is lossless in distribution is tested in test_tables.py.
 """
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -10,6 +11,7 @@ import itertools
 import math
 import random
 import time
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -22,7 +24,7 @@ import saguaro
 from batch import MAX_BUDGET, MAX_NODES, Batch
 from draft import Drafter, prompt_lookup
 from errors import UserError
-from graphs import Graphs
+from graphs import MOST, Graphs
 from measure.pairs import rounded
 from model import KVCache, Llama, LlamaConfig, prefill
 from sampling import Sampler, Sampling, saguaro_probs
@@ -686,6 +688,24 @@ def test_requests_that_take_turns(played_graphs, temperature):
     assert found == [plain_texts(*request)[0] for request in requests]
 
 
+def test_a_finished_request_leaves_its_sides_alone(monkeypatch):
+    """The next request may have taken them over before the first one is asked whether there is more."""
+    models, options, first, second = PAIRS["perturbed"](), Options(k=3, tree="6"), Stats(), Stats(trace=[])
+    monkeypatch.setattr(saguaro, "time_to_replan", lambda options, batch: batch.stats is first)
+    monkeypatch.setattr(saguaro, "WORTHWHILE", -1.0)                        # a new plan each time
+    request = [[4, 5, 6]], 40, Sampling()
+    text, expected, _ = run(saguaro.sd, models, *request, options)
+    early = saguaro.sd(*models, [[1, 2, 3]], 20, Sampling(), options, stats=first)
+    while first.tokens < 20:
+        next(early)
+    late = saguaro.sd(*models, *request, options, stats=second)
+    chunks = next(late)
+    first.choices[0] = [999, 1]                                             # it would plan a very wide tree now
+    assert not list(early)
+    chunks += itertools.chain(*late)
+    assert [[token for chunk in chunks for token in chunk.tokens]] == text and counts(second) == counts(expected)
+
+
 def test_a_steady_round_copies_nothing(played_graphs):
     """From the third request of a kind on, every graph finds its arguments where they lay."""
     for options in (Options(k=3, fanout="uniform"), Options(k=3, tree="3,1", fanout="uniform")):
@@ -693,6 +713,21 @@ def test_a_steady_round_copies_nothing(played_graphs):
             before = played_graphs["copied"], played_graphs["recorded"]
             run(saguaro.ssd, PAIRS["perturbed"](), [[1, 2, 3 + request]], 40, Sampling(), options)
     assert (played_graphs["copied"], played_graphs["recorded"]) == before
+
+
+def test_many_graphs_make_room(monkeypatch):
+    """A side keeps so many graphs; the one just recorded is never the one that goes, however early it was first asked for."""
+    class Recording:
+        capture_begin = capture_end = replay = lambda self, **_: None
+    stand = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in (("CUDAGraph", Recording), ("current_stream", lambda: stand), ("stream", contextlib.nullcontext)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    graphs = Graphs(False)
+    graphs.on, graphs.stream = True, stand
+    double = types.MethodType(lambda self, n: 2 * n, graphs)
+    asked = [*range(MOST + 1), 0, *range(2 * MOST), *range(2 * MOST)]
+    assert [graphs(double, n) for n in asked] == [2 * n for n in asked]
+    assert sum(graph is not None for graph in graphs.recorded.values()) <= MOST
 
 
 def test_leaving_early_and_failing(monkeypatch):

@@ -74,10 +74,10 @@ def test_linear(rows, size):
     torch.testing.assert_close(got.sums.double(), fixed_sums(got.x).double(), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("split", [1, 2, 4])
-def test_split_k_is_repeatable(split, monkeypatch):
-    """Partials are added in a fixed order, and the arrival counters are left ready for the next launch."""
-    K, N = (4096, 512) if CUDA else (128, 32)
+@pytest.mark.parametrize("split, more", [(1, 0), (2, 0), (4, 0), (2, 1), (4, 3)])
+def test_split_k_is_repeatable(split, more, monkeypatch):
+    """Partials are added in a fixed order, none is left out, and the counters are left ready for the next launch."""
+    K, N = (4096 if CUDA else 128, 512 if CUDA else 32) if not more else (512 * split + more, 32)
     monkeypatch.setattr(launch, "blocks_for", lambda *a: launch.Blocks(32, 32, 2, 4, split))
     x, w = randn(1, 5, K), randn(N, K, scale=K ** -0.5)
     first = linear.linear(x, w)
@@ -108,6 +108,20 @@ def test_qkv_rope(B, T, H, KV, D):
         return torch.cat([q.flatten(), k.flatten(), v.flatten()])       # the cache too: nothing else may be written
     got = run(linear.qkv_rope, stream(x, norm), norm, w)
     check(got, lambda x, norm, w: run(linear.qkv_rope_ref, stream(x), norm, w), x, norm, w)
+
+
+def test_sequences_may_lie_far_apart():
+    """A batch of long texts: between two sequences lie more elements of K than 32 bits can count."""
+    B, T, H, KV, C, D, K = 3, 2, 2, 1, 8, 16, 32
+    memory = torch.empty(2**31 + 2 * C * D, device=DEVICE, dtype=torch.float16)         # hardly any of it is touched
+    far = [memory.as_strided((1, B, KV, C, D), (0, 2**30, C * D, D, 1), i * C * D).zero_() for i in range(2)]
+    near = torch.zeros(2, 1, B, KV, C, D, device=DEVICE, dtype=torch.float16)
+    x, norm, w = randn(B, T, K).half(), randn(K).half(), randn((H + 2 * KV) * D, K, scale=K ** -0.5).half()
+    angles, slots = torch.rand(B, T, D // 2, device=DEVICE), torch.tensor([[4, 5], [1, 7], [2, 3]], device=DEVICE)
+    for k, v in near, far:
+        linear.qkv_rope(stream(x, norm), norm, 1e-5, w, angles.cos(), angles.sin(), slots, k[0], v[0])
+        commit.commit(k, v, slots, slots - 1)
+    assert torch.equal(torch.stack(far), near) and near.any(dim=-1).sum() == 2 * (3 + 4 + 3)
 
 
 def test_int8_weights():

@@ -95,7 +95,7 @@ def interpolate(points, x):
 # Measuring
 
 def cta_budgets(model):
-    """Programs to limit a target's linears to: one a multiprocessor (see kernels.launch). None without our kernels."""
+    """Programs to hold a target's linears to: one a multiprocessor (see kernels.launch.Launch). None without our kernels."""
     return [] if model.ops is TORCH else [torch.cuda.get_device_properties(model.device).multi_processor_count]
 
 

@@ -21,7 +21,7 @@ TORCH = SimpleNamespace(
 
 @functools.cache
 def triton_ops(ctas=None):
-    """The kernels; ctas: the most programs a linear may launch (they then loop), to leave room for a model beside it."""
+    """The kernels; ctas: a bound on the programs of a linear and their bytes in flight, for a model beside it (see Launch)."""
     few = lambda op: functools.partial(op, ctas=ctas)
     return SimpleNamespace(
         embed=embed.embed, add_linear=few(linear.add_linear), swiglu_linear=few(linear.swiglu_linear),

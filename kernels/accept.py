@@ -1,6 +1,6 @@
 """Walk a verified token tree along the target's own tokens: accept for greedy decoding and for coupled sampling.
 
-Bytes: a few hundred; it is a kernel so that a verify step ends on the device in one launch. Grid: one program a sequence.
+Bytes: a few hundred; it is a kernel because ten torch ops a depth would each cost a launch. Grid: one program a sequence.
 """
 import torch
 import triton
@@ -56,8 +56,8 @@ def walk_kernel(token_ptr, parent_ptr, own_ptr, path_ptr, length_ptr, bonus_ptr,
 def walk(tokens, parent, depth, own):
     """As walk_ref."""
     B, size = tokens.shape
-    path = torch.empty(B, depth + 1, device=tokens.device, dtype=torch.int64)
-    length, bonus = torch.empty(2, B, device=tokens.device, dtype=torch.int64)
+    new = lambda *shape: torch.empty(B, *shape, device=tokens.device, dtype=torch.int64)
+    path, length, bonus = new(depth + 1), new(), new()      # apart, so that bonus is as aligned as any token
     walk_kernel[(B,)](tokens.contiguous(), parent, own.contiguous(), path, length, bonus, size, depth,
                       triton.next_power_of_2(size), PDL=pdl(tokens.device), num_warps=1, **launch_options(tokens.device))
     return path, length, bonus

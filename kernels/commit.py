@@ -24,7 +24,7 @@ def commit_ref(k, v, src, dst):
 def commit_kernel(k_ptr, v_ptr, src_ptr, dst_ptr, P, stride_l, stride_b, stride_h, KV: tl.constexpr, D: tl.constexpr,
                   BLOCK: tl.constexpr, PDL: tl.constexpr):
     wait_for_inputs(PDL)
-    b = tl.program_id(1) // KV
+    b = (tl.program_id(1) // KV).to(tl.int64)
     base = tl.program_id(0).to(tl.int64) * stride_l + b * stride_b + (tl.program_id(1) % KV) * stride_h
     i, d = tl.arange(0, BLOCK), tl.arange(0, triton.next_power_of_2(D))[None, :]
     src = base + tl.load(src_ptr + b * P + i, mask=i < P, other=0)[:, None] * D + d

@@ -37,18 +37,19 @@ def grow_ref(tokens, guesses, ranked, drawn, known, children, nodes, below, to_t
     return fed if to_draft is None else to_draft[fed.clamp(min=0)]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "w", "size", "first", "below", "n_below", "F", "n_ranked", "n_drawn", "C"])
 def grow_kernel(token_ptr, guess_ptr, ranked_ptr, drawn_ptr, known_ptr, child_ptr, target_id_ptr, draft_id_ptr, fed_ptr,
-                R, w, size, first, below, n_below, F, n, D, C, KNOWN: tl.constexpr, IDS: tl.constexpr,
+                R, w, size, first, below, n_below, F, n_ranked, n_drawn, C, KNOWN: tl.constexpr, IDS: tl.constexpr,
                 BLOCK: tl.constexpr, MOST: tl.constexpr, PDL: tl.constexpr):
+    # Not specialised: the levels differ in these numbers alone, and one compiled kernel serves them all.
     row = tl.program_id(0).to(tl.int64)
     tree, node = row // w, first + row % w
     i, c = tl.arange(0, BLOCK), tl.arange(0, MOST)
     child = tl.load(child_ptr + node * C + c, mask=c < C, other=-1)         # a constant of the tree
     exists = child >= 0
     wait_for_inputs(PDL)
-    ranked = tl.load(ranked_ptr + row * n + i, mask=i < n, other=0)
-    drawn = tl.load(drawn_ptr + row * D + c, mask=exists, other=0)
+    ranked = tl.load(ranked_ptr + row * n_ranked + i, mask=i < n_ranked, other=0)
+    drawn = tl.load(drawn_ptr + row * n_drawn + c, mask=exists, other=0)
     if IDS:
         ranked, drawn = tl.load(target_id_ptr + ranked), tl.load(target_id_ptr + drawn)
     place = token_ptr + tree * size + child
@@ -56,7 +57,7 @@ def grow_kernel(token_ptr, guess_ptr, ranked_ptr, drawn_ptr, known_ptr, child_pt
         drawn = tl.where(tl.load(known_ptr + tree // R), tl.load(place, mask=exists, other=0), drawn)
     tl.store(place, drawn, mask=exists)
     taken = tl.sum((exists[None, :] & (ranked[:, None] == drawn[None, :])).to(tl.int32), axis=1) > 0
-    free = (i < n) & (taken == 0)
+    free = (i < n_ranked) & (taken == 0)
     rank = tl.cumsum(free.to(tl.int32), axis=0) - 1                         # among those that no child holds
     tl.store(guess_ptr + (tree * size + node) * F + rank, ranked, mask=free & (rank < F))
     if IDS:

@@ -55,8 +55,8 @@ def take_best(values, ids, order, NONE: tl.constexpr):
 
 @triton.jit
 def best_kernel(x_ptr, w_ptr, scale_ptr, seed_ptr, position_ptr, id_ptr, value_ptr, index_ptr, temperature, stream, M, T,
-                N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, n: tl.constexpr, NOISE: tl.constexpr, IDS: tl.constexpr, INT8: tl.constexpr, PREFETCH: tl.constexpr,
-                PDL: tl.constexpr):
+                N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, n: tl.constexpr,
+                NOISE: tl.constexpr, IDS: tl.constexpr, INT8: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):
     m = tl.arange(0, BM)
     live = m < M
     STEPS: tl.constexpr = (K + BK - 1) // BK

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 PREFETCH = 64 << 10                     # bytes of weights that a waiting program fetches into L2
-SHARED_MEMORY = 200e3                   # bytes of tiles in flight that surely fit
+SHARED_MEMORY = 200e3, 96e3             # bytes of tiles in flight that surely fit: on a Hopper GPU, on any other
 AHEAD = 48 << 10                        # bytes of weights in flight of a program that leaves room for another model
 MAX_ROWS = 128                          # rows of x that the skinny kernels take; above that, cuBLAS is the right tool
 
@@ -62,9 +62,13 @@ SM90_WIDE = {
 }
 
 
+def is_hopper():
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
 def blocks_for(N, K, rows=1):
     """Block shapes for a weight [N, K] and a number of rows of x. `split` is the same for any number of rows."""
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    hopper = is_hopper()
     BK = min(256 if K >= 2048 else 128, max(16, triton.next_power_of_2(K)))
     rule = Blocks(64 if N >= 16384 else 32, BK, 4, 4, 2 if N <= 4096 <= K else 1)
     narrow = SM90.get((N, K), rule) if hopper else rule
@@ -78,8 +82,9 @@ def blocks_for(N, K, rows=1):
 class Launch:
     """Shapes, block shapes, grid and launch options of one skinny linear: x [..., K] with M rows, w [N, K] or Int8Weight.
 
-    most: the largest BN that fits; ctas: the most programs to launch, which then work in a loop with few bytes in flight,
-    for a model that shares the GPU: what it asks the memory for waits behind all that this one has asked for. None: all.
+    most: the largest BN that fits. ctas: None, or for a model that shares the GPU, programs to launch where there is work
+    for two of each: they then loop. Each keeps few bytes in flight, too: what the other model asks the memory for waits
+    behind all that this one has asked for.
     """
 
     def __init__(self, x, w, most=1 << 30, ctas=None):
@@ -97,7 +102,7 @@ class Launch:
             stages = min(stages, 1 + max(2, ahead // (self.BN * self.BK * self.weight.element_size())))
         # More rows need more shared memory. What gives way is what rounding doesn't see: SPLIT stays.
         tile = lambda: (self.BN * self.weight.element_size() + 2 * self.BM * x.element_size()) * self.BK
-        while tile() * stages > SHARED_MEMORY and (stages > 2 or self.BK > 32):
+        while tile() * stages > SHARED_MEMORY[not is_hopper()] and (stages > 2 or self.BK > 32):
             stages, self.BK = (stages - 1, self.BK) if stages > 2 else (stages, self.BK // 2)
         self.grid = (programs,)
         self.options = dict(PREFETCH=ahead, PDL=pdl(x.device), num_warps=warps, num_stages=stages, **launch_options(x.device))

@@ -176,7 +176,7 @@ def split_kernel(x_ptr, w_ptr, scale_ptr, residual_ptr, norm_ptr, y_ptr, weighed
                  INT8: tl.constexpr, ADD: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):
     """The same with SPLIT programs a block. Work p is part p % SPLIT of K of block p // SPLIT; whoever is last adds up."""
     m, n = tl.arange(0, BM), tl.arange(0, BN)
-    SPAN: tl.constexpr = (K // SPLIT + 511) // 512 * 512                    # whole steps for any BK
+    SPAN: tl.constexpr = (K + 512 * SPLIT - 1) // (512 * SPLIT) * 512       # of K a part: whole steps for any BK
     first = tl.program_id(0)
     prefetch(w_ptr, first // SPLIT * BN, N, K, (first % SPLIT) * SPAN, BN, PREFETCH, PDL)
     wait_for_inputs(PDL)
@@ -285,7 +285,7 @@ def qkv_kernel(x_ptr, sums_ptr, eps, w_ptr, scale_ptr, cos_ptr, sin_ptr, slot_pt
                 tl.store(at, a, mask=live)
                 tl.store(at + D // 2, b, mask=live)
             else:
-                row = (m // T) * stride_b + ((head - H) % KV) * stride_h + slot * D         # [BM] int64
+                row = (m // T).to(tl.int64) * stride_b + ((head - H) % KV) * stride_h + slot * D         # [BM] int64
                 if head < H + KV:
                     tl.store(k_ptr + row[None, :] + i, a, mask=live)
                     tl.store(k_ptr + row[None, :] + i + D // 2, b, mask=live)

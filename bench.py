@@ -1,8 +1,9 @@
 """How fast is this here, how far from the limit, and what does speculation buy? The ceiling first, then tables, then JSON.
 
-    python bench.py                                             the embedded pair; on a GPU also at the cost of an 8B target
+    python bench.py                                             the embedded pair; on a GPU also at the cost of an 8B one
     python bench.py --target DIR --draft DIR --prompts FILE     your pair on your prompts
     python bench.py --target DIR --round-draft 5 --pad llama-3.1-8b     a small model's text at the cost of a large one
+    python bench.py --pad llama-3.1-8b --pad-draft smollm2-135m         the same for both models of the embedded pair
     python bench.py --target-shape llama-3.1-8b --draft-shape llama-3.2-1b --accept-rate 0.8     random weights: SYNTHETIC
     python bench.py --sweep k,fanout,tree,cta                   which lookahead, fan-out, tree, share of the GPU?
     python bench.py --tune                                      sd and ssd also as --tune finds them fastest
@@ -198,9 +199,9 @@ def speed(args):
     if args.target_shape:
         makers = [lambda: shape_pair(args)]
     elif args.target or args.pad or args.device.type == "cpu":
-        makers = [lambda: text_pair(args, args.pad)]
+        makers = [lambda: text_pair(args, args.pad, args.pad_draft)]
     else:
-        makers = [lambda: text_pair(args, None), lambda: text_pair(args, "llama-3.1-8b")]
+        makers = [lambda: text_pair(args, None, None), lambda: text_pair(args, "llama-3.1-8b", "smollm2-135m")]
     for number, maker in enumerate(makers):
         try:
             pair = maker()
@@ -317,6 +318,7 @@ def parse_flags(argv):
             ("--target-shape", "SHAPE", f"random weights: {', '.join(SHAPES)}"),
             ("--draft-shape", "SHAPE", "the same for the draft"),
             ("--pad", "SHAPE", "embed the target in that shape, where it computes the same at the cost of the shape"),
+            ("--pad-draft", "SHAPE", "the same for the draft"),
             ("--prompts", "FILE.jsonl", "default: 20 story openings"), ("--device", "D", "auto, cpu, cuda or cuda:N"),
             ("--json", "FILE", "write the JSON there too"), ("--plot", "FILE.svg", "draw the results")):
         add(flag, metavar=metavar, help=help)
@@ -357,8 +359,9 @@ def parse_flags(argv):
         (args.max_new_tokens < 32, f"--max-new-tokens must be at least 32 to be timed, got {args.max_new_tokens}"),
         (not 0 <= args.temperature < math.inf, f"--temperature must be at least 0, got {args.temperature}"),
         (set(args.sweep) - {"k", "fanout", "tree", "cta"}, f"--sweep takes k, fanout, tree and cta, not {','.join(args.sweep)}"),
-        (shapes and (args.target or args.draft or args.pad or args.prompts or args.round_draft),
-         "--target-shape means random weights: leave out --target, --draft, --round-draft, --pad and --prompts"),
+        (shapes and (args.target or args.draft or args.pad or args.pad_draft or args.prompts or args.round_draft),
+         "--target-shape means random weights: leave out --target, --draft, --round-draft, --pad, --pad-draft and --prompts"),
+        (args.pad_draft and not args.pad, "--pad-draft goes with --pad: the target's vocabulary must be the larger one"),
         (shapes and bool(args.draft_shape) != (args.accept_rate is not None),
          "random models never agree: --draft-shape and --accept-rate go together"),
         (not args.target_shape and (args.accept_rate is not None or args.draft_shape and not args.predict),

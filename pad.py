@@ -23,6 +23,8 @@ def padded_config(small, shape):
     if shape.n_kv_heads < small.n_kv_heads * copies(small, shape):
         raise UserError(f"the model doesn't fit into that shape: {small.n_heads} heads over {small.n_kv_heads} KV heads "
                         f"against {shape.n_heads} over {shape.n_kv_heads}")
+    if small.target_vocab_size is not None:
+        raise UserError("a draft with a trimmed vocabulary can't be padded")
     growth = shape.head_dim // small.head_dim
     if small.rope_scaling is not None or shape.head_dim != growth * small.head_dim:
         raise UserError("only models with plain RoPE whose head_dim divides the shape's can be padded")
@@ -38,13 +40,15 @@ def copies(small, shape):
 
 @torch.no_grad()
 def trim(draft, vocab_size):
-    """Let a draft serve a target whose vocabulary is longer, in place: the draft's ids are the target's first ones.
+    """Let a draft serve a target whose vocabulary is longer, in place: the ids it knows are the target's first ones.
 
-    It becomes a draft with a trimmed vocabulary, where id 0 stands for all other tokens: it never proposes token 0.
+    It becomes a draft with a trimmed vocabulary, if it isn't one, where id 0 stands for all other tokens: it never proposes
+    token 0.
     """
     draft.config = replace(draft.config, target_vocab_size=vocab_size)
-    draft.d2t = torch.arange(draft.config.vocab_size, device=draft.device)
-    draft.d2t[0] = -1
+    if draft.d2t is None:
+        draft.d2t = torch.arange(draft.config.vocab_size, device=draft.device)
+        draft.d2t[0] = -1
     return draft
 
 

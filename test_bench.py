@@ -1,6 +1,7 @@
 """bench.py: README is what results/ says; what is counted and timed; rounding and synthetic acceptance keep their promises."""
 import json
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,9 +136,22 @@ def test_synthetic_acceptance(capsys, tiny_shapes):
     assert abs(ssd["hit_rate"] - head["model"]["hit_rate"]) < 0.06
 
 
+def test_padded_pair(capsys, monkeypatch):
+    """Both models at the cost of other shapes, with longer vocabularies: text and acceptance stay what they are."""
+    shape = LlamaConfig(vocab_size=5000, dim=384, n_layers=7, n_heads=8, n_kv_heads=2, head_dim=128, ffn_dim=1024)
+    monkeypatch.setitem(bench.SHAPES, "wide", shape)
+    monkeypatch.setitem(bench.SHAPES, "wide-draft", replace(shape, vocab_size=4500, dim=192, n_layers=3, ffn_dim=400))
+    flags = "--repeats", "1", "--sequences", "1", "--max-new-tokens", "40"
+    plain, padded = (run(capsys, *flags, *more)[0]["runs"][0] for more in ((), ("--pad", "wide", "--pad-draft", "wide-draft")))
+    assert padded["pair"] == "the embedded pair, the target padded to wide, the draft to wide-draft"
+    assert padded["parameters"][1] > 2 * plain["parameters"][1] and all(mode["same_text"] for mode in padded["modes"])
+    for a, b in zip(plain["modes"], padded["modes"]):
+        assert a["tokens_per_round"] == b["tokens_per_round"] and a["acceptance_rate"] == b["acceptance_rate"]
+
+
 def test_settled_rounds_only(monkeypatch):
     """The first rounds, those that record a CUDA graph and the ones after them are left out of time and tokens."""
-    pair = pairs.text_pair(bench.parse_flags(["--device", "cpu"]), None)
+    pair = pairs.text_pair(bench.parse_flags(["--device", "cpu"]), None, None)
     contestant = bench.Contestant(pair, "ar", None, Sampling(), 32)
     kept, (text,) = contestant.run([pair.prompts[0]], [0])
     assert kept["tokens"] == kept["rounds"] == len(text) - bench.SETTLE and kept["left_out"] == bench.SETTLE

@@ -93,8 +93,8 @@ def shape_pair(args):
     return Pair(name, target, draft, prompts, set(), rank_law(args.accept_rate) if draft else None)
 
 
-def text_pair(args, padded):
-    """A pair that writes real text: checkpoint folders or the embedded pair, the target padded to the shape `padded` or not."""
+def text_pair(args, padded, padded_draft):
+    """A pair that writes real text: checkpoint folders or the embedded pair, each padded to the shape of that name or not."""
     folder, dtype, device = args.target or WEIGHTS / "target", args.dtype, args.device
     config, tokenizer = LlamaConfig.from_folder(folder), Tokenizer.from_folder(folder)
     encode = (lambda text: tokenizer.chat([{"role": "user", "content": text}])) if args.chat else tokenizer.prompt
@@ -104,7 +104,8 @@ def text_pair(args, padded):
     whole = padded_config(config, shape(padded)) if padded else config
     if draft_config and draft_config.target_vocab_size is None:
         check_vocabularies(config, draft_config)
-    check_memory(args, whole, draft_config, max(args.context or map(len, prompts)))
+    whole_draft = padded_config(draft_config, shape(padded_draft)) if draft_config and padded_draft else draft_config
+    check_memory(args, whole, whole_draft, max(args.context or map(len, prompts)))
     name = "the embedded pair" if args.target is None else Path(folder).resolve().name
     if args.round_draft:
         name += f", the draft itself rounded to {args.round_draft} bits"
@@ -113,10 +114,12 @@ def text_pair(args, padded):
     target = Llama.load(folder, "cpu" if padded else device, torch.float32 if padded else dtype)
     if padded:
         target, name = pad(target, shape(padded), device=device, dtype=dtype), f"{name}, the target padded to {padded}"
-    draft = Llama.load(draft_folder, device, dtype) if draft_folder else None
+    draft = Llama.load(draft_folder, *("cpu", torch.float32) if padded_draft else (device, dtype)) if draft_folder else None
     if args.round_draft:
         draft = rounded(draft, args.round_draft)
-    if padded and draft is not None:
+    if padded_draft and draft is not None:
+        draft, name = pad(draft, shape(padded_draft), device=device, dtype=dtype), f"{name}, the draft to {padded_draft}"
+    if draft is not None and (draft.config.target_vocab_size or draft.config.vocab_size) < whole.vocab_size:
         draft = trim(draft, whole.vocab_size)
     if args.draft_dtype and draft is not None:
         draft, name = draft.to_int8(), name + ", int8 draft"

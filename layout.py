@@ -5,6 +5,7 @@ Shapes: R trees side by side, w nodes of a depth, N outcomes, T = R*w rows of a 
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from kernels import Ancestors
 
@@ -24,14 +25,15 @@ class Forwards:
     """Levels that are fed one after the other."""
 
     def __init__(self, levels):
-        self.levels, self.widths = levels, [level.rows.numel() for level in levels]
-        self.rows = torch.cat([level.rows.flatten() for level in levels])   # [sum of 3T]
+        even = [F.pad(level.rows, (0, level.rows.shape[1] % 2)) for level in levels]    # 16 bytes: where the address isn't
+        self.levels, self.widths = levels, [rows.numel() for rows in even]              # divisible by that, Triton compiles
+        self.rows = torch.cat([rows.flatten() for rows in even])                        # its kernels once more
 
     def behind(self, prefix_len):
-        """A list of (level, its rows [3, B, T] behind prefix_len [B]), by one op; in a batch one more each lines them up."""
+        """A list of (level, its rows [3][B, T] behind prefix_len [B]), by one op; in a batch one more each lines them up."""
         rows = (prefix_len[:, None] + self.rows).split(self.widths, 1)
-        rows = [x.unflatten(1, (3, -1)).transpose(0, 1).contiguous() for x in rows]
-        return list(zip(self.levels, rows))
+        rows = [x.unflatten(1, (3, -1)).transpose(0, 1)[..., :level.rows.shape[1]] for level, x in zip(self.levels, rows)]
+        return list(zip(self.levels, rows if len(prefix_len) == 1 else [x.contiguous() for x in rows]))
 
 
 class Layout:

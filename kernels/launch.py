@@ -57,21 +57,25 @@ SM90 = {
 
 # More than 16 rows: every program reads all of x, so it needs many rows of the weight, or x is what moves. Measured at 64.
 SM90_WIDE = {
-    (6144, 4096): Blocks(64, 64, 4, 4), (4096, 4096): Blocks(32, 128, 4, 4), (28672, 4096): Blocks(128, 64, 4, 4),
-    (4096, 14336): Blocks(64, 128, 3, 4, 2), (128256, 4096): Blocks(64, 64, 4, 4),                      # Llama 3.1 8B
+    (6144, 4096): Blocks(64, 128, 4, 4), (4096, 4096): Blocks(64, 128, 5, 4), (28672, 4096): Blocks(128, 128, 3, 8),
+    (4096, 14336): Blocks(64, 128, 5, 4, 2), (128256, 4096): Blocks(64, 128, 3, 4),                     # Llama 3.1 8B
 }
+SM90_INT8 = {}          # int8 weights for which neither the tables above nor blocks_for's rule is best
 
 
 def is_hopper():
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
-def blocks_for(N, K, rows=1):
+def blocks_for(N, K, rows=1, int8=False):
     """Block shapes for a weight [N, K] and a number of rows of x. `split` is the same for any number of rows."""
     hopper = is_hopper()
     BK = min(256 if K >= 2048 else 128, max(16, triton.next_power_of_2(K)))
     rule = Blocks(64 if N >= 16384 else 32, BK, 4, 4, 2 if N <= 4096 <= K else 1)
     narrow = SM90.get((N, K), rule) if hopper else rule
+    if int8 and hopper:
+        # For wgmma an int8 weight would come in copies of 4 bytes instead of 16; 2 warps use mma.sync, as BN < 64 does.
+        return SM90_INT8.get((N, K), narrow._replace(warps=2) if narrow.BN >= 64 else narrow)
     if rows > 16 and hopper and (N, K) in SM90_WIDE:
         return SM90_WIDE[N, K]
     if rows > 16 and N * K >= 4 << 20:
@@ -93,7 +97,7 @@ class Launch:
         (self.N, self.K), self.M, self.device = self.weight.shape, x.numel() // x.shape[-1], x.device
         assert x.shape[-1] == self.K and x.is_contiguous() and self.weight.is_contiguous() and self.M <= MAX_ROWS
         self.BM = max(16, triton.next_power_of_2(self.M))
-        self.BN, self.BK, stages, warps, self.SPLIT = blocks_for(self.N, self.K, self.M)
+        self.BN, self.BK, stages, warps, self.SPLIT = blocks_for(self.N, self.K, self.M, self.INT8)
         self.BN = min(self.BN, most)
         self.blocks, ahead = triton.cdiv(self.N, self.BN), PREFETCH
         programs = self.blocks * self.SPLIT

@@ -37,17 +37,21 @@ def candidates(op, N, K, head_dim, element_size, rows):
         flight, programs, steps = BN * BK * element_size * stages, -(-N // BN) * split, -(-K // BK // split)
         small = N * K < 4e6                         # latency counts there, not bytes in flight
         least = 24 if small else 40 if rows > 16 else 90
-        if (not (8e3 if small else 48e3) < flight < 115e3 or stages > max(2, steps) or BK > K or head_dim and BN > head_dim
-                or split > 1 and (op != "linear" or programs > 600 or steps < 2) or programs < least
-                or BN > 32 and programs > 4200 or BN < 64 and N > 100000 or (warps == 8) != (BN * BK >= 64 * 256)
-                or K % BK and not small or (stages in (2, 4, 6) if small else stages > 6 or warps < 4)):
+        usual = 8 if BN * BK >= 64 * 256 else 4
+        if element_size == 1 and BN >= 64:
+            usual = 2                               # see blocks_for: no wgmma of an int8 weight
+        if (not (4e3 if small else 24e3) * element_size < flight < 115e3 or stages > max(2, steps) or BK > K
+                or head_dim and BN > head_dim or split > 1 and (op != "linear" or programs > 600 or steps < 2)
+                or programs < least or BN > 32 and programs > 4200 or BN < 32 * element_size and N > 100000
+                or (warps == 8) != (usual == 8) or element_size == 1 and not small and warps != usual
+                or K % BK and not small or (stages in (2, 4, 6) if small else stages > 6 or warps < usual)):
             continue
         yield Blocks(BN, BK, stages, warps, split)
 
 
-def table_for(rows):
-    """The table of kernels/launch.py that counts for so many rows of x."""
-    return launch.SM90 if rows <= 16 else launch.SM90_WIDE
+def table_for(rows, int8):
+    """The table of kernels/launch.py that counts for so many rows of x and such weights."""
+    return launch.SM90_INT8 if int8 else launch.SM90 if rows <= 16 else launch.SM90_WIDE
 
 
 def workload(op, N, K, head_dim, kv, rows, int8, copies):
@@ -73,7 +77,7 @@ def workload(op, N, K, head_dim, kv, rows, int8, copies):
 
 def compile_one(job):
     (op, N, K, head_dim, kv), blocks, rows, int8 = job
-    table_for(rows)[N, K] = blocks
+    table_for(rows, int8)[N, K] = blocks
     try:
         workload(op, N, K, head_dim, kv, rows, int8, 1)(0)
         torch.cuda.synchronize()
@@ -114,7 +118,7 @@ def main():
         for shape in args.shapes.split(","):
             for operation in operations(shape):
                 blocks = list(candidates(*operation[:4], 1 if args.int8 else 2, args.rows))
-                if args.rows > 16:                      # the split shows in the bits: it is that of a single row
+                if args.rows > 16 and not args.int8:    # the split shows in the bits: it is that of a single row
                     split = launch.blocks_for(*operation[1:3]).split
                     blocks = [b for b in blocks if b.split == split]
                 plans[shape, operation] = blocks, pool.map(compile_one, [(operation, b, args.rows, args.int8)
@@ -127,7 +131,7 @@ def main():
         run = workload(*operation, args.rows, args.int8, copies)
         results = []
         for b in blocks:
-            table_for(args.rows)[N, K] = b
+            table_for(args.rows, args.int8)[N, K] = b
             results.append((microseconds(run), b))
             everything.append(dict(shape=shape, op=op, N=N, K=K, blocks=b, us=results[-1][0]))
         results.sort()
@@ -136,7 +140,7 @@ def main():
                                                     for us, b in results[:4]), flush=True)
         del run
         torch.cuda.empty_cache()
-    print("SM90 = {" if args.rows <= 16 else "SM90_WIDE = {")
+    print("SM90_INT8 = {" if args.int8 else "SM90 = {" if args.rows <= 16 else "SM90_WIDE = {")
     for (N, K), b in table.items():
         print(f"    ({N}, {K}): Blocks{tuple(b)},")
     print("}")

@@ -173,8 +173,8 @@ def sample_continuations(model, prompts, max_new_tokens, temperature=0.0, min_p=
     prompts: list of token lists. temperature: a float, or a list that the prompts take in turn. min_p: leave out tokens
     less likely than this times the likeliest (Nguyen et al. 2024, https://arxiv.org/abs/2407.01082). penalty: subtracted
     from the logits of tokens that a text already holds. steer(rows, token, ended, active) -> token, ended may change what
-    was sampled for the prompts `rows` [B] (number len(prompts): none). minutes: start no text after this time. Returns
-    Rows, one a prompt (end = start for those that time didn't allow); a row ends with its stop id where it met one. What a
+    was sampled for the prompts `rows` [B] (number len(prompts): none). minutes: start no text after this time. name: of
+    the progress lines, or None. Returns Rows, one a prompt (end = start for those that time didn't allow); a row ends with its stop id where it met one. What a
     row holds depends on (prompt, seed, its number), not on the batch, but for rounding.
     """
     total = max(map(len, prompts)) + max_new_tokens
@@ -191,7 +191,7 @@ def sample_continuations(model, prompts, max_new_tokens, temperature=0.0, min_p=
             seconds = time.time() - began
             if minutes is not None and seconds > 60 * minutes:
                 slots.next.fill_(slots.P)
-            if not working or time.time() - told > TELL_EVERY:
+            if name and (not working or time.time() - told > TELL_EVERY):
                 made, told = int((slots.end[:-1].cpu() - start).sum()), time.time()
                 print(f"{name}: {min(asked, slots.P):,} of {slots.P:,} texts begun or done, {made:,} tokens, "
                       f"{made / seconds:,.0f} tok/s in {seconds:.0f} s", flush=True)

@@ -4,6 +4,7 @@ How weights/ was made, from SmolLM2-135M-Instruct (Apache-2.0) and nothing else.
     python make_weights.py stories --smollm2 DIR    story texts, sampled by our own engine        -> WORK/stories.jsonl
     python make_weights.py text                     clean, deduplicate, tokenizer, encode (CPU)   -> WORK/text/
     python make_weights.py target                   train the story target                        -> WEIGHTS/target
+    python make_weights.py polish                   make it repeat itself less                    -> WEIGHTS/target
     python make_weights.py draft                    distil its draft                              -> WEIGHTS/draft
     python make_weights.py prompts --smollm2 DIR    instructions, code and sums for SmolLM2       -> WORK/prompts.jsonl
     python make_weights.py smollm2 --smollm2 DIR    distil its draft                              -> WEIGHTS/smollm2-draft
@@ -221,6 +222,55 @@ def target(args):
     (args.work / "target.json").write_text(json.dumps(result, indent=2, default=str))
 
 
+def said_again(tokens, n=5):
+    """Which tokens complete n tokens in a row that stand earlier in the same text, too: [B, L] bool for tokens [B, L]."""
+    windows = F.pad(tokens, (n - 1, 0), value=-1).unfold(1, n, 1)           # [B, L, n]
+    weights = torch.tensor([1_000_003 ** i % 2 ** 61 for i in range(n)], device=tokens.device)
+    keys = (windows * weights).sum(-1)                                      # int64 that wraps around: a hash
+    return (keys[:, :, None] == keys[:, None, :]).tril(-1).any(-1)
+
+
+def unlikelihood_loss(model, tokens, again, other, was):
+    """-log(1 - p) of the tokens that repeat, KL to what the model was at all others (Welleck et al. 2020, and an anchor).
+
+    tokens [B, L + 1]; again, other [B, L] bool: which of tokens[:, 1:]; was [B, L, V]: log-probabilities.
+    """
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
+        logits = F.linear(dense_hidden(model, tokens[:, :-1]), model.head)
+    logq = F.log_softmax(logits.float(), dim=-1)
+    p = logq.gather(-1, tokens[:, 1:, None])[..., 0].exp()
+    kl = (was.exp() * (was - logq)).sum(-1)
+    count = (again | other).sum()
+    loss = (torch.where(again, -(1 - p).clamp(min=1e-4).log(), 0.0) + torch.where(other, kl, 0.0)).sum() / count
+    return loss, {"said again": again.sum() / count, "KL": torch.where(other, kl, 0.0).sum() / count}
+
+
+def polish(args):
+    """Unlikelihood training of the story target on texts of its own, two thirds greedy: small models go round in circles."""
+    folder, (size, new) = args.weights / "target", (4, 32) if args.toy else (48, 160)
+    tokenizer = Tokenizer.from_folder(folder)
+    before, model = (Llama.load(folder, args.device, torch.float32) for _ in range(2))
+
+    def inputs_of(step):
+        rng = random.Random(f"{args.seed} polish {step}")
+        prompts = [tokenizer.prompt(templates.plot(rng)[2]) for _ in range(size)]
+        rows = sample_continuations(model, prompts, new, [0.0, 0.0, 0.7], seed=step, stop_ids=model.config.eos_ids,
+                                    batch=size, name=None)
+        tokens, start, end = (x.clone().to(args.device) for x in rows)      # clones: no tensors of inference mode
+        where, tokens = torch.arange(tokens.shape[1], device=args.device), tokens.long()
+        own = (where >= start[:, None]) & (where < end[:, None])
+        again = said_again(tokens) & own
+        with torch.no_grad():
+            was = F.linear(dense_hidden(before, tokens[:, :-1]), before.head).log_softmax(-1)
+        return int(own.sum()), (tokens, again[:, 1:], (own & ~again)[:, 1:], was)
+
+    work = args.work / "polish"
+    work.mkdir(exist_ok=True)
+    means = train(model, unlikelihood_loss, inputs_of, work, 3e-4, args.steps or 200, args.minutes, args.resume)
+    model.to(torch.bfloat16).save(folder)
+    (args.work / "polish.json").write_text(json.dumps({"training": means, "arguments": vars(args)}, indent=2, default=str))
+
+
 def write_prompts(path, texts):
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
 
@@ -279,7 +329,7 @@ def smollm2(args):
 
 
 def main(argv=None):
-    stages = {stage.__name__: stage for stage in (stories, text, target, draft, prompts, smollm2)}
+    stages = {stage.__name__: stage for stage in (stories, text, target, polish, draft, prompts, smollm2)}
     parser = argparse.ArgumentParser(description="Make weights/: see the top of this file.")
     add = parser.add_argument
     add("stage", choices=stages)

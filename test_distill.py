@@ -1,8 +1,10 @@
 """distill.py and the recipe of weights/, at toy size on the CPU: python -m pytest test_distill.py"""
 import json
+import math
 import os
 import random
 import re
+import shutil
 import signal
 from dataclasses import replace
 
@@ -232,6 +234,30 @@ def test_cleaning():
     for bad in (good + " The **End**.", good + " This story is about a fox.", good + " He ran to the lake and saw a duck.",
                 good + " caf\u00e9.", good[:90], good + " very very."):
         assert make_weights.clean(bad) is None, bad
+
+
+def test_what_is_said_again():
+    rng = random.Random(0)
+    for length in (7, 40):
+        rows = [[rng.randrange(3) for _ in range(length)] for _ in range(20)]
+        rows.append([0] * length)                                           # the padding in front must match nothing
+        found = make_weights.said_again(torch.tensor(rows), n=3)
+        for row, again in zip(rows, found.tolist()):
+            grams = [tuple(row[i - 2:i + 1]) if i > 1 else None for i in range(length)]
+            assert again == [g is not None and g in grams[:i] for i, g in enumerate(grams)]
+
+
+def test_polish_takes_probability_from_repetitions_alone(folder, tmp_path):
+    model, tokens = Llama.load(folder), torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 9]])
+    logp = lambda: F.linear(bulk.dense_hidden(model, tokens[:, :-1]), model.head).log_softmax(-1)
+    was, again = logp(), torch.tensor([[False] * 6 + [True] + [False]])     # the second 8
+    loss, means = make_weights.unlikelihood_loss(model, tokens, again, ~again, was)
+    assert math.isclose(float(loss), -math.log(1 - float(was[0, 6, 8].exp())) / 8, rel_tol=1e-3)
+    assert math.isclose(float(means["said again"]), 1 / 8) and abs(float(means["KL"])) < 1e-6
+    shutil.copytree(folder, tmp_path / "target")
+    make_weights.main(["polish", "--toy", "--steps", "3", "--weights", str(tmp_path), "--work", str(tmp_path / "work")])
+    polished = Llama.load(tmp_path / "target")
+    assert polished.config.vocab_size == 300 and not torch.equal(polished.embed.float(), model.embed)
 
 
 def test_own_tokenizer_is_one_that_tokenizers_reads(folder):

@@ -15,11 +15,11 @@ from kernels import MAX_ROWS
 from sampling import Sampler
 from timeline import Timeline
 
-MAX_NODES = MAX_ROWS - 1        # drafted tokens in a tree: with its root they still ride for free in a verify
+MAX_NODES = MAX_ROWS - 1        # drafted tokens in a tree: with its root as many rows as the kernels take
 NOTHING = contextlib.nullcontext()
 SLOTS = 512                     # cache slots come in multiples of it, so that requests of like length are of one kind
 IDLE = 4                        # requests whose sides a target model keeps for later ones
-MAX_BUDGET = 1024               # outcomes guessed per sequence and round; each costs a row in every forward of the draft
+MAX_BUDGET = 1024               # outcomes guessed per sequence and round; each is a tree of its own in all forwards but one
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,8 @@ def contestants_for(args, pair, group, ctas):
                 ("tree", ("sd", "ssd"), "tree", ("8", "16", "32", "64"))):
             for mode in modes if what in args.sweep else ():
                 for value in values:
+                    if value == getattr(args.options, field):               # that is plain sd or ssd
+                        continue
                     options = replace(args.options, **{field: value}, **({"k": 10} if what == "tree" else {}))
                     title = {"k": f"K = {value}", "fanout": f"{value} outcomes", "tree": f"tree of {value}"}[what]
                     found[f"{mode}, {title}"] = make(mode, options, ctas if mode == "ssd" else None)
@@ -185,7 +187,8 @@ def contestants_for(args, pair, group, ctas):
                 options = replace(args.options, k=plan.k, tree=plan.tree, fanout_budget=plan.fanout_budget)
                 found[f"{mode}, tuned"] = make(mode, options, plan.ctas)
         for most in (None, *cta_budgets(pair.target)) if "cta" in args.sweep else ():
-            found[f"ssd, {'full grid' if most is None else f'{most} CTAs'}"] = make("ssd", args.options, most)
+            if most != ctas:
+                found[f"ssd, {'full grid' if most is None else f'{most} CTAs'}"] = make("ssd", args.options, most)
     if args.vs_transformers:
         from measure.peers import transformers_contestants
         found |= transformers_contestants(pair, args.sampling, args.max_new_tokens, args.options.k)
@@ -339,8 +342,8 @@ def parse_flags(argv):
             ("--kernels", names, "SHAPES", None, "time single kernels (GPU)")):
         help += "" if default in (None, []) else f" (default {default})"
         add(flag, type=kind, metavar=metavar, default=default, help=help)
-    add("--fanout", default=Options.fanout, choices=("uniform", "geometric", "auto"))
-    add("--draft-dtype", choices=("int8",))
+    add("--fanout", default=Options.fanout, choices=("uniform", "geometric", "auto"), help="how guesses spread over the places to stop")
+    add("--draft-dtype", choices=("int8",), help="round the draft's weights to int8")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     for flag, help in (("--tune", "add sd and ssd as --tune of generate.py finds them best"),
                        ("--chat", "put the prompts under the chat template"),

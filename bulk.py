@@ -58,10 +58,10 @@ def concatenate(a, b):
 # Forward and sampling
 
 def dense_hidden(model, tokens):
-    """The forward of training: whole rows from position 0, so nothing is masked.
+    """The forward of training: whole rows from position 0, plainly causal; the same function as Llama.forward.
 
-    Differentiable, plain torch, equal to Llama.forward + final norm. tokens [B, T]. Returns hidden [B, T, dim] after the
-    final norm.
+    With gradients, or on a CPU, in plain torch; without them on a GPU by the kernels of kernels/rows.py. tokens [B, T].
+    Returns hidden [B, T, dim] after the final norm.
     """
     c = model.config
     B, T = tokens.shape
@@ -174,8 +174,8 @@ def sample_continuations(model, prompts, max_new_tokens, temperature=0.0, min_p=
     less likely than this times the likeliest (Nguyen et al. 2024, https://arxiv.org/abs/2407.01082). penalty: subtracted
     from the logits of tokens that a text already holds. steer(rows, token, ended, active) -> token, ended may change what
     was sampled for the prompts `rows` [B] (number len(prompts): none). minutes: start no text after this time. name: of
-    the progress lines, or None. Returns Rows, one a prompt (end = start for those that time didn't allow); a row ends with its stop id where it met one. What a
-    row holds depends on (prompt, seed, its number), not on the batch, but for rounding.
+    the progress lines, or None. Returns Rows, one a prompt (end = start for those that time didn't allow); a row ends with
+    its stop id where it met one. What a row holds depends on (prompt, seed, its number), not on the batch, but for rounding.
     """
     total = max(map(len, prompts)) + max_new_tokens
     if total > model.config.max_context:

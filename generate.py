@@ -158,9 +158,9 @@ class Engine:
         if self.args.tune:
             print("tune: measuring", file=sys.stderr)
             known = tune.find(*self.models, prompts, self.sampling, self.options, self.stop_ids)
-            tune_cache.save(*self.models, *known)
+            tune_cache.save(*self.models, *known, self.sampling, self.options.accept)
         else:
-            known = tune_cache.load(*self.models, len(prompts))
+            known = tune_cache.load(*self.models, len(prompts), self.sampling, self.options.accept)
         if known is None:
             return
         self.plans = tune.choose(*known, self.models[1], self.options, self.asked)

@@ -9,8 +9,8 @@ How weights/ was made, from SmolLM2-135M-Instruct (Apache-2.0) and nothing else.
     python make_weights.py prompts --smollm2 DIR    instructions, code and sums for SmolLM2       -> WORK/prompts.jsonl
     python make_weights.py smollm2 --smollm2 DIR    distil its draft                              -> WEIGHTS/smollm2-draft
 
-Each stage has a time box (--minutes); the training ones take --resume. --toy shrinks all sizes, so that the whole recipe
-runs on a laptop's CPU in minutes (its texts are useless). Words and templates are in templates.py.
+Each stage but text has a time box (--minutes); the training ones take --resume. --toy shrinks all sizes, so that the
+whole recipe runs on a laptop's CPU in minutes (its texts are useless). Words and templates are in templates.py.
 """
 import argparse
 import functools
@@ -208,6 +208,7 @@ def target(args):
         return rows * span, (streams["train"][to_device(first, windows.device) + windows].long(),)
 
     (args.work / "target").mkdir(exist_ok=True)
+    shutil.rmtree(args.work / "unpolished", ignore_errors=True)             # what an earlier target was
     steps = args.steps or EPOCHS * len(streams["train"]) // (rows * span)
     train(model, next_token_loss, inputs_of, args.work / "target", 3e-3, steps, args.minutes, args.resume, dynamic=False)
     held_out = streams["validation"].unfold(0, span + 1, span + 1).long()
@@ -247,9 +248,11 @@ def unlikelihood_loss(model, tokens, again, other, was):
 
 def polish(args):
     """Unlikelihood training of the story target on texts of its own, two thirds greedy: small models go round in circles."""
-    folder, (size, new) = args.weights / "target", (4, 32) if args.toy else (48, 160)
+    folder, origin, (size, new) = args.weights / "target", args.work / "unpolished", (4, 32) if args.toy else (48, 160)
+    if not origin.exists():
+        shutil.copytree(folder, origin)
     tokenizer = Tokenizer.from_folder(folder)
-    before, model = (Llama.load(folder, args.device, torch.float32) for _ in range(2))
+    before, model = (Llama.load(origin, args.device, torch.float32) for _ in range(2))
 
     def inputs_of(step):
         rng = random.Random(f"{args.seed} polish {step}")
@@ -338,8 +341,8 @@ def main(argv=None):
     add("--weights", type=Path, default=Path("weights"), help="folder for the models")
     add("--minutes", type=float, help="time box of the stage")
     add("--sample-minutes", type=float, default=1.5, help="time box of sampling in the stage smollm2")
-    add("--steps", type=int, help="training steps (default: what --minutes allow, 4 epochs for the target at most)")
-    add("--count", type=int, help="stories or prompts to sample (default: as many as time allows)")
+    add("--steps", type=int, help="training steps (default: target 4 epochs, polish 200, drafts 3000 or by the clock)")
+    add("--count", type=int, help="stories or prompts to sample (default: 320,000 and 120,000)")
     add("--batch", type=int, default=4096, help="rows sampled at a time")
     add("--eval-prompts", nargs="+", default=[], help="JSONL files on which smollm2-draft is measured")
     add("--seed", type=int, default=0)

@@ -239,7 +239,8 @@ class Llama(nn.Module):
             end = cache.capacity if tokens.is_cuda else int(slots.max()) + 1
         ops = self.ops if T <= kernels.MAX_ROWS else kernels.TORCH          # a long prefill chunk: cuBLAS is best
         visible, eps = ops.visibility(prefix_len, mask, end), self.config.norm_eps
-        # x, the residual stream, travels with what the norm that reads it next must know (kernels.linear.Stream).
+        # x, the residual stream, travels with what the norm that reads it next must know (kernels.linear.Stream); the final
+        # norm, an op of its own, goes by x alone.
         x, cos, sin, sums = ops.embed(tokens, positions, self.embed, self.freqs, self.layers[0].attn_norm, 2 * len(self.layers))
         next_norms = [layer.attn_norm for layer in self.layers[1:]] + [self.norm]
         for i, (layer, norm, k, v) in enumerate(zip(self.layers, next_norms, cache.k, cache.v)):
@@ -256,7 +257,7 @@ class Llama(nn.Module):
         return torch.cat([self.ops.head(x, self.head) for x in rows]).view(*hidden.shape[:-1], -1)
 
     def run_with(self, ops=None, graphs=None, ctas=None):
-        """Choose how this model runs: ops "torch" or "triton", CUDA graphs or not; None keeps what fits the device.
+        """Choose how this model runs: ops "torch" or "triton", CUDA graphs or not; None keeps what it is.
         ctas: about how many programs a Triton linear launches, so that another model finds room beside this one."""
         if (ops == "triton" or graphs) and self.device.type != "cuda":
             raise UserError(f"Triton kernels and CUDA graphs need a CUDA GPU, the model is on {self.device}; "

@@ -103,7 +103,8 @@ def normalise(weights, otherwise):
 def expected_speedup(p, e_hit, e_miss, t_primary, t_backup):
     """Theorem 7: SSD over AR = [p E_hit + (1-p) E_miss] / [p max(1, T_p) + (1-p)(1 + T_b)].
 
-    p: hit rate; E: tokens per round incl. bonus; T: drafting time in units of one verify.
+    p: hit rate; E: tokens per round incl. bonus; T: drafting time in units of one verify. For reading and testing: --tune
+    works with the same in seconds (tune.Times.round_seconds).
     """
     return (p * e_hit + (1 - p) * e_miss) / (p * max(1.0, t_primary) + (1 - p) * (1 + t_backup))
 

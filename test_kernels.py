@@ -222,7 +222,7 @@ def test_embed():
 
 def test_norm():
     x, weight = randn(2, 3, 576), randn(576)
-    check(head.norm(x, weight, 1e-5), lambda x, w: linear.rms_norm_ref(x, w, 1e-5), x, weight)
+    check(head.rms_norm(x, weight, 1e-5), lambda x, w: linear.rms_norm_ref(x, w, 1e-5), x, weight)
 
 
 @pytest.mark.parametrize("n, temperature, rows", [(1, 0.0, 1), (1, 0.8, 7), (5, 0.0, 4), (8, 1.0, 17)])

@@ -36,6 +36,7 @@ def ran(*rates, looks=10_000):
     return stats
 
 
+GREEDY = Sampling(), "coupled"
 GOOD = ran(.75, .1, .05, .03, .02, .01)
 
 
@@ -155,19 +156,19 @@ def test_tuned_plans_run_and_keep_the_text(measured):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(tune_cache, "key", lambda target, draft, batch: target)
+    monkeypatch.setattr(tune_cache, "key", lambda target, *_: target)
     return tmp_path / "cache" / "saguaro" / "tune.json"
 
 
 def test_cache_keeps_what_was_measured(cache, capsys):
     plans = tune.choose(machine(), GOOD, DRAFT)
-    assert tune_cache.load("pair", DRAFT, 1) is None
+    assert tune_cache.load("pair", DRAFT, 1, *GREEDY) is None
     GOOD.misses[3] = [10, 4]
-    tune_cache.save("pair", DRAFT, machine(), GOOD)
-    tune_cache.save("other", DRAFT, machine(verify=1.0), GOOD)
-    times, stats = tune_cache.load("pair", DRAFT, 1)
+    tune_cache.save("pair", DRAFT, machine(), GOOD, *GREEDY)
+    tune_cache.save("other", DRAFT, machine(verify=1.0), GOOD, *GREEDY)
+    times, stats = tune_cache.load("pair", DRAFT, 1, *GREEDY)
     assert times == machine() and stats.choices == GOOD.choices and stats.misses == {3: [10, 4]}
-    assert tune.choose(times, stats, DRAFT) == plans and tune_cache.load("other", DRAFT, 1)[0].verify_seconds(1) == 1.0
+    assert tune.choose(times, stats, DRAFT) == plans and tune_cache.load("other", DRAFT, 1, *GREEDY)[0].verify_seconds(1) == 1.0
     entry = json.loads(cache.read_text())["pair"]
     assert entry["fastest"] == "ssd" and entry["plans"]["sd"]["tree"] == "63"
     assert os.listdir(cache.parent) == ["tune.json"] and capsys.readouterr() == ("", "")
@@ -178,30 +179,32 @@ def test_cache_keeps_what_was_measured(cache, capsys):
 def test_broken_cache_is_ignored(cache, capsys, content):
     cache.parent.mkdir(parents=True)
     cache.write_bytes(content.encode("utf-8", "surrogateescape"))
-    assert tune_cache.load("pair", DRAFT, 1) is None
+    assert tune_cache.load("pair", DRAFT, 1, *GREEDY) is None
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and str(cache) in err and "--tune" in err
-    tune_cache.save("pair", DRAFT, machine(), GOOD)
-    assert tune_cache.load("pair", DRAFT, 1)[0] == machine()
+    tune_cache.save("pair", DRAFT, machine(), GOOD, *GREEDY)
+    assert tune_cache.load("pair", DRAFT, 1, *GREEDY)[0] == machine()
 
 
 def test_unwritable_cache_is_told_of(cache, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    tune_cache.save("pair", DRAFT, machine(), GOOD)
+    tune_cache.save("pair", DRAFT, machine(), GOOD, *GREEDY)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and str(tmp_path) in err
 
 
 def test_cache_key_tells_pairs_apart(measured):
-    """Models, batch sizes, and drafts that differ in nothing but one weight, as a fine-tuned one may; not: one loaded again."""
+    """Models, batch sizes, ways to sample, and drafts that differ in nothing but one weight, as a fine-tuned one may; not: one loaded again."""
     target, draft = measured[0]
     again, other = (Llama.random(draft.config, 1, DEVICE) for _ in range(2))
     other.layers[0].wo[3, 5] += 0.5
     int8 = Llama.random(draft.config, 1, DEVICE).to_int8()
     int8_other = Llama.random(draft.config, 2, DEVICE).to_int8()
     pairs = (target, draft, 1), (target, draft, 2), (draft, target, 1), (target, other, 1), (target, int8, 1), (target, int8_other, 1)
-    keys = {tune_cache.key(*pair) for pair in pairs}
-    assert len(keys) == len(pairs) and all(torch.__version__ in key for key in keys)
-    assert tune_cache.key(target, again, 1) == tune_cache.key(target, draft, 1)
+    keys = {tune_cache.key(*pair, *GREEDY) for pair in pairs}
+    ways = (Sampling(0.7), "coupled"), (Sampling(0.7), "residual"), (Sampling(0.7, top_k=40), "coupled"), (Sampling(0.8), "coupled")
+    keys |= {tune_cache.key(target, draft, 1, *way) for way in ways}
+    assert len(keys) == len(pairs) + len(ways) and all(torch.__version__ in key for key in keys)
+    assert tune_cache.key(target, again, 1, Sampling(seed=3), "residual") == tune_cache.key(target, draft, 1, *GREEDY)
     assert tune_cache.fingerprint(draft) == tune_cache.fingerprint(Llama.random(draft.config, 1, "cpu").to(DEVICE))

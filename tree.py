@@ -23,7 +23,7 @@ class Tree:
             self.depths[node], self.ranks[node] = self.depths[up] + 1, self.n_children[up]
             self.n_children[up] += 1
             mask[node] |= mask[up]
-        self.depth = self.depths[-1]                                        # D
+        self.depth = self.depths[-1]                                        # K
         self.levels = [[n for n in range(self.size) if self.depths[n] == d] for d in range(self.depth + 1)]
         self.mask = mask.to(device)
         self.ancestors = Ancestors.of(self.mask)

@@ -1,4 +1,4 @@
-"""What --tune has measured, kept for later runs: an entry for each pair of models, machine and batch size."""
+"""What --tune has measured, kept for later runs: an entry for each pair of models, machine, batch size and way to sample."""
 import json
 import os
 import sys
@@ -27,8 +27,8 @@ def fingerprint(model):
     return f"{zlib.crc32(repr(sums).encode()):08x}"
 
 
-def key(target_model, draft_model, batch):
-    """The name of an entry: a line for people, too."""
+def key(target_model, draft_model, batch, sampling, accept):
+    """The name of an entry: a line for people, too. sampling, accept: acceptance and hits depend on them."""
     def name(model):
         c, device = model.config, model.device
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -37,19 +37,23 @@ def key(target_model, draft_model, batch):
         return (f"{gpu}, {weights} {fingerprint(model)}, {how}, {c.n_layers} layers x {c.dim}, {c.n_heads}/{c.n_kv_heads} heads "
                 f"x {c.head_dim}, ffn {c.ffn_dim}, vocabulary {c.vocab_size}")
     own_gpu = ", on its own device" if draft_model.device != target_model.device else ""
-    return f"torch {torch.__version__} | {name(target_model)} | {name(draft_model)}{own_gpu} | batch {batch}"
+    how = "greedy"
+    if sampling.temperature:
+        how = f"temperature {sampling.temperature}, top-k {sampling.top_k}, top-p {sampling.top_p}, {accept}"
+    return f"torch {torch.__version__} | {name(target_model)} | {name(draft_model)}{own_gpu} | batch {batch} | {how}"
 
 
 def path():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "saguaro" / "tune.json"
 
 
-def load(target_model, draft_model, batch):
+def load(target_model, draft_model, batch, sampling, accept):
     """(Times, Stats) that were saved, or None. A file that can't be read is told of and ignored."""
     file = "the cache of --tune"
     try:
         file = path()
-        entry = json.loads(file.read_text(encoding="utf-8")).get(key(target_model, draft_model, batch))
+        entry = json.loads(file.read_text(encoding="utf-8")).get(
+            key(target_model, draft_model, batch, sampling, accept))
         if entry is None:
             return None
         times, stats = Times(**entry["times"]), Stats(choices=entry["choices"])
@@ -62,7 +66,7 @@ def load(target_model, draft_model, batch):
         print(f"{file} is of no use ({error!r}) and ignored; --tune writes it anew", file=sys.stderr)
 
 
-def save(target_model, draft_model, times, stats):
+def save(target_model, draft_model, times, stats, sampling, accept):
     """Keep what `tune.find` found, and for people the plans that follow. Where that can't be, it is told of and done without."""
     plans = choose(times, stats, draft_model)
     entry = dict(fastest=best_mode(plans), plans={mode: plan._asdict() for mode, plan in plans.items()}, times=asdict(times),
@@ -74,7 +78,7 @@ def save(target_model, draft_model, times, stats):
         except (OSError, ValueError):
             entries = {}
         entries = entries if isinstance(entries, dict) else {}
-        entries[key(target_model, draft_model, times.batch)] = entry
+        entries[key(target_model, draft_model, times.batch, sampling, accept)] = entry
         file.parent.mkdir(parents=True, exist_ok=True)
         new = file.with_name(f"{file.name}.{os.getpid()}")
         new.write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")

@@ -1,5 +1,5 @@
-"""One op a file: what it computes and which bytes it moves, then `x_ref` in plain torch, which defines what correct means,
-then the Triton kernel and its launcher `x`, which keeps the same contract.
+"""An op, or a few of a kind, a file: what it computes and which bytes it moves, then `x_ref` in plain torch, which defines
+what correct means, then the Triton kernel and its launcher `x`, which keeps the same contract.
 
 `TORCH` and `TRITON` hold the ops of a forward under the same names; a model carries one of them as `model.ops`.
 """
@@ -20,17 +20,17 @@ TORCH = SimpleNamespace(
 
 
 @functools.cache
-def triton_ops(ctas=None):
+def triton_ops(ctas):
     """The kernels; ctas: a bound on the programs of a linear and their bytes in flight, for a model beside it (see Launch)."""
     few = lambda op: functools.partial(op, ctas=ctas)
     return SimpleNamespace(
         embed=embed.embed, add_linear=few(linear.add_linear), swiglu_linear=few(linear.swiglu_linear),
         qkv_rope=few(linear.qkv_rope), visibility=tree_attention.visibility, tree_attention=tree_attention.tree_attention,
-        rms_norm=head.norm, head=few(head.head), best=few(head.best), commit=commit.commit, walk=accept.walk,
+        rms_norm=head.rms_norm, head=few(head.head), best=few(head.best), commit=commit.commit, walk=accept.walk,
         settle=settle.settle, grow=grow.grow, switch=switch.switch)
 
 
-TRITON = triton_ops()
+TRITON = triton_ops(None)
 
 
 def ops_for(tensor):

@@ -99,8 +99,8 @@ def pick_kernel(value_ptr, index_ptr, out_ptr, C, n: tl.constexpr, BLOCK: tl.con
         tl.store(out_ptr + m * n + j + tl.arange(0, 1), best.to(tl.int64))
 
 
-def norm(x, weight, eps):
-    """As rms_norm_ref: the final norm, one program a row."""
+def rms_norm(x, weight, eps):
+    """As linear.rms_norm_ref: the final norm, one program a row."""
     y, K = torch.empty_like(x), x.shape[-1]
     norm_kernel[(x.numel() // K,)](x, weight, y, eps, K, triton.next_power_of_2(K), PDL=pdl(x.device), num_warps=4,
                                    **launch_options(x.device))

@@ -9,8 +9,8 @@ and adds up the squares of each row. The reader multiplies with the former, and 
 
 Grid: one program per block of output rows, or fewer that take several blocks in turn. Blocks and steps along K are one
 loop then: the first weights of the next block are on their way while this one ends. A program computes
-W[BN, K] @ x.T[K, BM]: the weight is the left operand, so the tensor core instruction, and with it the order of every
-sum, is the same for 1 row of x and for 128. That makes decoding and verifying bit-exact:
+W[BN, K] @ x.T[K, BM]: the weight is the left operand, so that rows of x are only columns of the result, and the order of
+every sum is the same for 1 row of x and for 128. That makes decoding and verifying bit-exact:
   - the split of K depends on the shape of W alone (the width of a program, BK, stages and warps don't change the order
     of a sum: mma.sync and wgmma add the products of 16 k, then the next 16, whatever the tile);
   - split-K partials are added in order by whichever program of a block comes last;

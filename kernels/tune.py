@@ -1,4 +1,4 @@
-"""python -m kernels.tune: find the block shapes of the linears for the GPU at hand and print a table for kernels/launch.py.
+"""python -m kernels.tune: find the block shapes of the linears for a Hopper GPU and print a table for kernels/launch.py.
 
 Every candidate runs in a CUDA graph over weights that rotate past the L2 cache, as in a real step. Candidates are
 compiled in parallel first; that takes most of the time.
@@ -112,6 +112,8 @@ def main():
     parser.add_argument("--int8", action="store_true")
     parser.add_argument("--json", help="write every measurement to this file")
     args = parser.parse_args()
+    if not launch.is_hopper():
+        parser.error("needs a Hopper GPU: on others kernels/launch.py goes by its rule and reads no table")
     table, everything = {}, []
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=get_context("spawn")) as pool:
         plans = {}

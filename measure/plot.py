@@ -58,13 +58,16 @@ def timeline(canvas, parts):
 
 
 def swept(modes, what):
-    """{mode: [(value, row)]} of the rows that --sweep added for k, fanout_budget or tree."""
+    """{mode: [(value, row)]} of the rows that --sweep added for k, fanout_budget or tree, and the plain row among them."""
     title = {"k": "K = ", "fanout_budget": " outcomes", "tree": "tree of"}[what]
     found = {}
     for m in modes:
         if "," in m["label"] and title in m["label"]:
             found.setdefault(m["mode"], []).append((int(m["options"][what]), m))
-    return found
+    for m in modes:
+        if m["label"] in found and m["options"]["tree"] is None and what != "tree":
+            found[m["label"]].append((m["options"][what], m))
+    return {mode: sorted(points, key=lambda point: point[0]) for mode, points in found.items()}
 
 
 def speed_plot(result):

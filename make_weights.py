@@ -86,7 +86,7 @@ def decode_all(folder, rows):
 
 def stories(args):
     """Sample the texts: half after an instruction in the chat template, half as plain text."""
-    count, parts = args.count or (48 if args.toy else 320_000), 16
+    count, parts = args.count or (48 if args.toy else 380_000), 16
     with multiprocessing.Pool() as pool:                                    # forked while there is no CUDA here yet
         plots = sum(pool.map(functools.partial(list_plots, args.smollm2, args.seed, count // parts), range(parts)), [])
         prompts, heads, cues, questions = zip(*plots)
@@ -342,7 +342,7 @@ def main(argv=None):
     add("--minutes", type=float, help="time box of the stage")
     add("--sample-minutes", type=float, default=1.5, help="time box of sampling in the stage smollm2")
     add("--steps", type=int, help="training steps (default: target 4 epochs, polish 200, drafts 3000 or by the clock)")
-    add("--count", type=int, help="stories or prompts to sample (default: 320,000 and 120,000)")
+    add("--count", type=int, help="stories or prompts to sample (default: 380,000 and 120,000)")
     add("--batch", type=int, default=4096, help="rows sampled at a time")
     add("--eval-prompts", nargs="+", default=[], help="JSONL files on which smollm2-draft is measured")
     add("--seed", type=int, default=0)

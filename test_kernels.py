@@ -13,7 +13,8 @@ import torch
 
 import graphs
 import kernels
-from kernels import accept, commit, embed, grow, head, launch, linear, settle, switch, tree_attention
+from errors import UserError
+from kernels import accept, commit, embed, grow, head, launch, linear, settle, switch, tree_attention, tune
 from kernels.linear import FIXED
 from layout import Layout
 from model import KVCache, Llama, LlamaConfig
@@ -56,6 +57,19 @@ def stream(x, norm=None):
 def seeded():
     torch.manual_seed(0)
     random.seed(0)
+
+
+def test_tuning_needs_a_gpu_whose_tables_are_read(monkeypatch):
+    monkeypatch.setattr(launch, "is_hopper", lambda: False)
+    with pytest.raises(UserError, match="Hopper"):
+        tune.main([])
+
+
+def test_candidates_of_int8_weights_keep_to_small_tensor_core_instructions():
+    """A weight in int8 that wgmma reads travels in copies of 4 bytes: no candidate for a large one has 4 warps and BN >= 64."""
+    for operation in tune.operations("llama-3.2-1b"):
+        blocks = list(tune.candidates(*operation[:4], 1, 16))
+        assert len(blocks) > 5 and not any(b.BN >= 64 and b.warps >= 4 for b in blocks), operation
 
 
 # ---------------------------------------------------------------------------------------------------------------------

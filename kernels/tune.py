@@ -12,6 +12,7 @@ from multiprocessing import get_context
 
 import torch
 
+from errors import UserError, exit_on_user_error
 from kernels import launch
 from kernels.head import best
 from kernels.launch import Blocks, Int8Weight
@@ -105,15 +106,15 @@ def microseconds(run, launches=24, repeats=7):
     return sorted(times)[len(times) // 2]
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--rows", type=int, default=8, help="rows of x (default 8); above 16 it is the table of wide blocks")
     parser.add_argument("--int8", action="store_true")
     parser.add_argument("--json", help="write every measurement to this file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not launch.is_hopper():
-        parser.error("needs a Hopper GPU: on others kernels/launch.py goes by its rule and reads no table")
+        raise UserError("needs a Hopper GPU: on others kernels/launch.py goes by its rule and reads no table")
     table, everything = {}, []
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=get_context("spawn")) as pool:
         plans = {}
@@ -152,4 +153,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

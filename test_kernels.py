@@ -259,6 +259,17 @@ def test_best(n, temperature, rows):
         assert all(len(set(row)) == n for row in got.flatten(0, 1).tolist())
 
 
+def test_best_where_the_last_block_is_a_single_row():
+    """What fills that block up must not be taken for its one row."""
+    V, dim = (49153, 576) if CUDA else (257, 32)
+    hidden, w = randn(1, 3, dim), randn(V, dim, scale=dim ** -0.5)
+    assert V % launch.blocks_for(V, dim).BN == 1
+    w[-1] = 4 * hidden[0, 1]                                            # likeliest of row 1
+    none, positions = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.zeros(1, 3, dtype=torch.int64, device=DEVICE)
+    got = head.best(hidden, w, 4, 0.0, none, 0, positions)
+    assert torch.equal(got, head.head(hidden, w).topk(4).indices) and got[0, 1, 0] == V - 1
+
+
 def test_walk():
     for _ in range(20):
         tree = Tree(random_tree(random.randint(1, 20)), DEVICE)

@@ -94,8 +94,8 @@ def pick_kernel(value_ptr, index_ptr, out_ptr, C, n: tl.constexpr, BLOCK: tl.con
     i = tl.arange(0, BLOCK)[:, None]
     values = tl.load(value_ptr + m * C + i, mask=i < C, other=float("-inf"))
     ids = tl.load(index_ptr + m * C + i, mask=i < C, other=2147483647)
-    for j in tl.static_range(n):
-        _, best, values = take_best(values, ids, ids, 2147483647)
+    for j in tl.static_range(n):                        # candidates of equal value stand in the order of their ids
+        _, best, values = take_best(values, ids, i, BLOCK)
         tl.store(out_ptr + m * n + j + tl.arange(0, 1), best.to(tl.int64))
 
 

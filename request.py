@@ -44,7 +44,7 @@ def parse_flags(argv, description=None):
     switch("--chat", "use the chat template; with no prompt: a conversation, a line a turn")
     add("--model", help="checkpoint folder of the target (default: the embedded pair)", metavar="DIR")
     add("--draft", help="checkpoint folder of the draft, which must share the target's vocabulary", metavar="DIR")
-    add("--mode", help="default: ssd, or ar if there is no draft", choices=MODES)
+    add("--mode", help="default: what --tune found fastest, else ssd; ar if there is no draft", choices=MODES)
     add("--max-new-tokens", 256, "in every answer, at most")
     add("--temperature", Sampling.temperature, "0 is greedy")
     add("--top-k", Sampling.top_k, "0 is off")

@@ -919,7 +919,8 @@ def test_prompt_lookup():
 # ---------------------------------------------------------------------------------------------------------------------
 # bf16 on a GPU, where no difference is excused
 
-gpu_only = pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA GPU: streams, graphs and bf16 exactness are its own")
+no_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA GPU: streams, graphs and bf16 exactness are its own")
+gpu_only = lambda test: pytest.mark.gpu(no_gpu(test))
 
 
 def embedded_pair():

@@ -24,7 +24,8 @@ from tree import Tree
 
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
-gpu_only = pytest.mark.skipif(not CUDA, reason="no CUDA GPU: bit-exactness is a property of the tensor cores")
+no_gpu = pytest.mark.skipif(not CUDA, reason="no CUDA GPU: bit-exactness is a property of the tensor cores")
+gpu_only = lambda test: pytest.mark.gpu(no_gpu(test))
 SIZES = [(4096, 6144), (576, 960), (1536, 576), (14336, 4096)] if CUDA else [(64, 96), (48, 32)]      # K, N
 ROWS = [1, 5, 8, 16, 33, 64, 128] if CUDA else [1, 5, 17]
 

@@ -108,13 +108,15 @@ def microseconds(run, launches=24, repeats=7):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="default: %(default)s")
     parser.add_argument("--rows", type=int, default=8, help="rows of x (default 8); above 16 it is the table of wide blocks")
-    parser.add_argument("--int8", action="store_true")
+    parser.add_argument("--int8", action="store_true", help="weights in int8, which have a table of their own")
     parser.add_argument("--json", help="write every measurement to this file")
     args = parser.parse_args(argv)
     if not launch.is_hopper():
         raise UserError("needs a Hopper GPU: on others kernels/launch.py goes by its rule and reads no table")
+    if unknown := set(args.shapes.split(",")) - set(SHAPES):
+        raise UserError(f"unknown shape {', '.join(sorted(unknown))}; expected some of {', '.join(SHAPES)}")
     table, everything = {}, []
     with ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=get_context("spawn")) as pool:
         plans = {}
@@ -124,10 +126,13 @@ def main(argv=None):
                 if args.rows > 16 and not args.int8:    # the split shows in the bits: it is that of a single row
                     split = launch.blocks_for(*operation[1:3]).split
                     blocks = [b for b in blocks if b.split == split]
+                blocks = blocks or [launch.blocks_for(*operation[1:3], args.rows, args.int8)]
                 plans[shape, operation] = blocks, pool.map(compile_one, [(operation, b, args.rows, args.int8)
                                                                          for b in blocks])
         compiled = {key: [b for b, ok in zip(blocks, oks) if ok is True] for key, (blocks, oks) in plans.items()}
     for (shape, operation), blocks in compiled.items():
+        if not blocks:                              # none compiled
+            continue
         op, N, K, head_dim, kv = operation
         bytes_moved = N * K * (1 if args.int8 else 2)
         copies = max(2, min(64, int(L2_BYTES / bytes_moved)))

@@ -39,13 +39,13 @@ def speculation(args):
         totals, began = Stats(), time.time()
         for first in range(0, len(pair.prompts), size):
             group = pair.prompts[first:first + size]
-            for _ in loop(pair.target, pair.draft, group, args.max_new_tokens, sampling, options, stats=totals,
+            for _ in loop(pair.target, pair.draft, group, args.max_new_tokens, sampling, options, pair.stop_ids, stats=totals,
                           seeds=list(range(first, first + len(group)))):
                 pass
         rows.append(dict(table=table, row=row, **{k: v for k, v in totals.summary().items() if "seconds" not in k}))
         print(f"{table}: {row}: {totals.tokens_per_round:.2f} tokens a round, acceptance {totals.acceptance_rate:.3f}, "
               f"hit rate {totals.hit_rate:.3f}  ({time.time() - began:.0f} s)", flush=True)
-    what = f"{pair.name[0].upper()}{pair.name[1:]}, {len(pair.prompts)} prompts, {args.max_new_tokens} new tokens, " \
+    what = f"{pair.name[0].upper()}{pair.name[1:]}, {len(pair.prompts)} prompts, up to {args.max_new_tokens} new tokens, " \
            f"{str(args.dtype)[6:]}; K = 6 and budget 16 where not said otherwise"
     return dict(kind="speculation", what=what, rows=rows, torch=torch.__version__, device=str(args.device))
 

@@ -173,11 +173,10 @@ def contestants_for(args, pair, group, ctas):
                 ("tree", ("sd", "ssd"), "tree", ("8", "16", "32", "64"))):
             for mode in modes if what in args.sweep else ():
                 for value in values:
-                    if value == getattr(args.options, field):               # that is plain sd or ssd
-                        continue
                     options = replace(args.options, **{field: value}, **({"k": 10} if what == "tree" else {}))
                     title = {"k": f"K = {value}", "fanout": f"{value} outcomes", "tree": f"tree of {value}"}[what]
-                    found[f"{mode}, {title}"] = make(mode, options, ctas if mode == "ssd" else None)
+                    if options != args.options:                             # else it is plain sd or ssd
+                        found[f"{mode}, {title}"] = make(mode, options, ctas if mode == "ssd" else None)
         if args.tune:
             times, stats = find(pair.target, pair.draft, group, args.sampling, args.options, pair.stop_ids)
             plans = choose(times, stats, pair.draft, args.options)

@@ -187,11 +187,15 @@ TARGET = LlamaConfig(vocab_size=VOCABULARY, dim=320, n_layers=6, n_heads=5, n_kv
                      max_context=CONTEXT, tie_embeddings=True, eos_ids=(0,))      # 6.8 M parameters
 
 
+def next_logits(model, tokens):
+    """Logits [B, T, V] fp32 of tokens[:, 1:], for tokens [B, T + 1]; mixed precision on a GPU."""
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
+        return F.linear(dense_hidden(model, tokens[:, :-1]), model.head).float()
+
+
 def next_token_loss(model, tokens):
     """Mean cross-entropy (nats a token) of tokens [B, T + 1]."""
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
-        logits = F.linear(dense_hidden(model, tokens[:, :-1]), model.head)
-    return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten()), {}
+    return F.cross_entropy(next_logits(model, tokens).flatten(0, 1), tokens[:, 1:].flatten()), {}
 
 
 def target(args):
@@ -236,14 +240,13 @@ def unlikelihood_loss(model, tokens, again, other, was):
 
     tokens [B, L + 1]; again, other [B, L] bool: which of tokens[:, 1:]; was [B, L, V]: log-probabilities.
     """
-    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.is_cuda):
-        logits = F.linear(dense_hidden(model, tokens[:, :-1]), model.head)
-    logq = F.log_softmax(logits.float(), dim=-1)
+    logq = next_logits(model, tokens).log_softmax(-1)
     p = logq.gather(-1, tokens[:, 1:, None])[..., 0].exp()
     kl = (was.exp() * (was - logq)).sum(-1)
     count = (again | other).sum()
-    loss = (torch.where(again, -(1 - p).clamp(min=1e-4).log(), 0.0) + torch.where(other, kl, 0.0)).sum() / count
-    return loss, {"said again": again.sum() / count, "KL": torch.where(other, kl, 0.0).sum() / count}
+    anchor = torch.where(other, kl, 0.0).sum() / count
+    loss = torch.where(again, -(1 - p).clamp(min=1e-4).log(), 0.0).sum() / count + anchor
+    return loss, {"said again": again.sum() / count, "KL": anchor}
 
 
 def polish(args):

@@ -38,14 +38,12 @@ def candidates(op, N, K, head_dim, element_size, rows):
         flight, programs, steps = BN * BK * element_size * stages, -(-N // BN) * split, -(-K // BK // split)
         small = N * K < 4e6                         # latency counts there, not bytes in flight
         least = 24 if small else 40 if rows > 16 else 90
-        usual = 8 if BN * BK >= 64 * 256 else 4
-        if element_size == 1 and BN >= 64:
-            usual = 2                               # see blocks_for: no wgmma of an int8 weight
+        usual = 2 if element_size == 1 and BN >= 64 else 8 if BN * BK >= 64 * 256 else 4       # 2: see blocks_for
         if (not (4e3 if small else 24e3) * element_size < flight < 115e3 or stages > max(2, steps) or BK > K
                 or head_dim and BN > head_dim or split > 1 and (op != "linear" or programs > 600 or steps < 2)
                 or programs < least or BN > 32 and programs > 4200 or BN < 32 * element_size and N > 100000
-                or (warps == 8) != (usual == 8) or element_size == 1 and not small and warps != usual
-                or K % BK and not small or (stages in (2, 4, 6) if small else stages > 6 or warps < usual)):
+                or ((warps == 8) != (usual == 8) or stages in (2, 4, 6) if small else
+                    warps != usual or stages > 6 or K % BK)):
             continue
         yield Blocks(BN, BK, stages, warps, split)
 

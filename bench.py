@@ -217,7 +217,7 @@ def speed(args):
             prompts = pair.prompts if context is None else lengthened(pair.prompts, context)
             for size in args.batch:
                 count = max(1, args.sequences // size) * size
-                texts = (prompts * -(-count // len(prompts)))[:count]
+                texts = [prompts[i * max(count, len(prompts)) // count % len(prompts)] for i in range(count)]
                 groups = [texts[i:i + size] for i in range(0, count, size)]
                 lengths = list(map(len, texts))
                 middle = sum(lengths) / count + args.max_new_tokens / 2
@@ -329,7 +329,7 @@ def parse_flags(argv):
             ("--accept-rate", float, "X", None, "SYNTHETIC acceptance for --target-shape and --draft-shape"),
             ("--temperature", float, "T", 0.0, "0 is greedy"), ("--max-new-tokens", int, "N", 128, "in every sequence"),
             ("--batch", numbers, "N,N", [1], "sequences at once"),
-            ("--sequences", int, "N", 4, "prompts in a repeat, at least the batch"),
+            ("--sequences", int, "N", 4, "prompts in a repeat, spread over the file; at least the batch"),
             ("--repeats", int, "N", None, "default: 5, on a CPU 3"),
             ("--context", numbers, "N,N", None, "prompt tokens (default: prompts as they are, 128 random ones; 512 in steps)"),
             ("--rows", numbers, "N,N", [1, 8, 16, 32, 64], "tokens in a step, for --steps"),

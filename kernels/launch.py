@@ -12,7 +12,7 @@ import triton.language as tl
 
 PREFETCH = 64 << 10                     # bytes of weights that a waiting program fetches into L2
 SHARED_MEMORY = 200e3, 96e3             # bytes of tiles in flight that surely fit: on a Hopper GPU, on any other
-AHEAD = 48 << 10                        # bytes of weights in flight of a program that leaves room for another model
+AHEAD, BESIDE = 48 << 10, 8 << 10       # weights in flight, and fetched while waiting, where another model needs room
 MAX_ROWS = 128                          # rows of x that the skinny kernels take; above that, cuBLAS is the right tool
 
 
@@ -60,7 +60,10 @@ SM90_WIDE = {
     (6144, 4096): Blocks(64, 128, 4, 4), (4096, 4096): Blocks(64, 128, 5, 4), (28672, 4096): Blocks(128, 128, 3, 8),
     (4096, 14336): Blocks(64, 128, 5, 4, 2), (128256, 4096): Blocks(64, 128, 3, 4),                     # Llama 3.1 8B
 }
-SM90_INT8 = {}          # int8 weights for which neither the tables above nor blocks_for's rule is best
+SM90_INT8 = {           # int8 weights, any number of rows; others follow `blocks_for`
+    (3072, 2048): Blocks(32, 256, 6, 4), (2048, 2048): Blocks(32, 256, 3, 4, 2), (16384, 2048): Blocks(64, 256, 4, 2),
+    (2048, 8192): Blocks(32, 256, 6, 4, 4), (128256, 2048): Blocks(64, 256, 3, 2),                      # Llama 3.2 1B
+}
 
 
 def is_hopper():
@@ -102,8 +105,8 @@ class Launch:
         self.blocks, ahead = triton.cdiv(self.N, self.BN), PREFETCH
         programs = self.blocks * self.SPLIT
         if ctas is not None:
-            programs, ahead = programs if programs < 2 * ctas else ctas, AHEAD
-            stages = min(stages, 1 + max(2, ahead // (self.BN * self.BK * self.weight.element_size())))
+            programs, ahead = programs if programs < 2 * ctas else ctas, BESIDE
+            stages = min(stages, 1 + max(2, AHEAD // (self.BN * self.BK * self.weight.element_size())))
         # More rows need more shared memory. What gives way is what rounding doesn't see: SPLIT stays.
         tile = lambda: (self.BN * self.weight.element_size() + 2 * self.BM * x.element_size()) * self.BK
         while tile() * stages > SHARED_MEMORY[not is_hopper()] and (stages > 2 or self.BK > 32):

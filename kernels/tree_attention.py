@@ -26,6 +26,8 @@ BLOCK = 64              # positions a unit
 SPLITS = 32             # most programs that share the units of a prefix
 ROWS = 64               # most (token, head) rows a tile; at least 16, the narrowest operand of a tensor core product
 WARPS = 4               # a program
+CHUNK = 16              # splits that are added up at once ...
+COMBINE_WARPS = 2       # ... by a program of so many warps
 STAGES = 2              # units in flight in the loop over a long prefix
 LOG2_E = 1.4426950408889634             # softmax in powers of two
 
@@ -127,7 +129,7 @@ def tree_attention_kernel(q_ptr, k_ptr, v_ptr, prefix_ptr, slot_ptr, count_ptr, 
     """Partial attention: rows (token, head of the group) x units of keys -> stat [B*T*H, splits + tails, 2], part [.., D].
 
     Bytes moved: K and V of the prefix once a tile of rows, of the rest once a token; part once.
-    Grid: (tiles * splits prefix programs, then T * tails tail programs; B * KV).
+    Grid: (tiles * splits prefix programs, then T tail programs; B * KV).
     """
     program, b, h = tl.program_id(0), tl.program_id(1) // KV, tl.program_id(1) % KV
     prefix = tl.load(prefix_ptr + b).to(tl.int32)                           # written before the step: no need to wait
@@ -159,23 +161,26 @@ def tree_attention_kernel(q_ptr, k_ptr, v_ptr, prefix_ptr, slot_ptr, count_ptr, 
                 top, mass, acc = merge(top, mass, acc, top2, mass2, acc2, scale)
             save(stat_ptr, part_ptr, row * (splits + tails) + split, live, top, mass, acc, d)
     else:
-        program -= tiles * splits
-        t, j = program // tails, program % tails
-        keys = prefix + tl.load(count_ptr + t) - (full + j) * BLOCK         # that the token sees in this unit
-        # Some token sees itself, and so has a key here at j = 0: some program of the grid always waits.
+        t = program - tiles * splits
+        keys = prefix + tl.load(count_ptr + t) - full * BLOCK               # that the token sees in the units from `full` on
+        # Some token sees itself, and so has a key here: some program of the grid always waits.
         if keys > 0:
             g = tl.arange(0, TAIL_ROWS)
             row = ((b * T + t) * KV + h) * G + g
             live = g < G                                                    # the rows are one token's heads
-            position = (full + j) * BLOCK + n                               # [BLOCK]
-            slot = tl.load(slot_ptr + t * A + position - prefix, mask=(position >= prefix) & (n < keys), other=0)
-            slot = tl.where(position < prefix, position, prefix + slot)
+            ahead = n - prefix % BLOCK                                      # [BLOCK] place among its speculative slots
+            slot = tl.load(slot_ptr + t * A + ahead, mask=(ahead >= 0) & (n < keys), other=0)
+            slot = prefix + tl.where(ahead < 0, ahead, slot)
             wait_for_inputs(PDL)
             q = tl.load(q_ptr + row[:, None] * D + d[None, :], mask=live[:, None], other=0.0)
-            k = tl.load(k_ptr + slot[None, :] * D + d[:, None], mask=(n < keys)[None, :], other=0.0)
-            v = tl.load(v_ptr + slot[:, None] * D + d[None, :], mask=(n < keys)[:, None], other=0.0)
-            top, mass, acc = attend(q, k, v, keys, scale, BLOCK)
-            save(stat_ptr, part_ptr, row * (splits + tails) + splits + j, live, top, mass, acc, d)
+            for j in range(tl.cdiv(keys, BLOCK)):                           # nearly always a single unit
+                left = keys - j * BLOCK
+                k = tl.load(k_ptr + slot[None, :] * D + d[:, None], mask=(n < left)[None, :], other=0.0)
+                v = tl.load(v_ptr + slot[:, None] * D + d[None, :], mask=(n < left)[:, None], other=0.0)
+                top, mass, acc = attend(q, k, v, left, scale, BLOCK)
+                save(stat_ptr, part_ptr, row * (splits + tails) + splits + j, live, top, mass, acc, d)
+                ahead += BLOCK
+                slot = prefix + tl.load(slot_ptr + t * A + ahead, mask=n < left - BLOCK, other=0)
 
 
 @triton.jit
@@ -189,27 +194,35 @@ def partial(stat_ptr, part_ptr, at, there, d):
 
 @triton.jit(do_not_specialize=["H", "splits", "tails"])
 def combine_kernel(stat_ptr, part_ptr, prefix_ptr, count_ptr, out_ptr, H, splits, tails, scale, D: tl.constexpr,
-                   BLOCK: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr):
+                   BLOCK: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr):
     """out [B, T, H, D] from the partial results, which are the bytes moved. Grid: (T * H, B).
 
-    There is one compiled kernel for all steps of a model, and so one order of the sums over the splits.
+    There is one compiled kernel for all steps of a model, and so one order of the sums over the splits: those of a chunk
+    at once, chunk after chunk.
     """
     prefix = tl.load(prefix_ptr + tl.program_id(1)).to(tl.int32)
     seen = prefix + tl.load(count_ptr + tl.program_id(0) // H)
     full, units = prefix // BLOCK, tl.cdiv(seen, BLOCK)
     row = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    at, d, split = row * (splits + tails), tl.arange(0, D), tl.arange(0, SPLITS)
-    first = tl.where(split < full, split, splits + split - full)
+    at, d = row * (splits + tails), tl.arange(0, D)
     wait_for_inputs(PDL)
-    top, mass, acc = partial(stat_ptr, part_ptr, at + first, split < units, d)              # [SPLITS], .., [SPLITS, D]
-    if units > SPLITS:                                  # some splits have units of both sorts
-        j = (split - full) & (SPLITS - 1)
-        both = (split < full) & (full + j < units)
-        top2, mass2, acc2 = partial(stat_ptr, part_ptr, at + splits + j, both, d)
-        top, mass, acc = merge(top, mass, acc, top2, mass2, acc2, scale)
-    weight = tl.exp2((top - tl.max(top, axis=0)) * scale)
-    out = tl.sum(weight[:, None] * acc, axis=0) / tl.sum(weight * mass, axis=0)
-    tl.store(out_ptr + row * D + d, out.to(out_ptr.dtype.element_ty))
+    top, mass = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
+    out = tl.zeros([1, D], tl.float32)
+    for first in range(0, tl.minimum(units, SPLITS), CHUNK):
+        split = first + tl.arange(0, CHUNK)
+        place = tl.where(split < full, split, splits + split - full)
+        top1, mass1, acc1 = partial(stat_ptr, part_ptr, at + place, split < units, d)       # [CHUNK], .., [CHUNK, D]
+        if units > SPLITS:                              # some splits have units of both sorts
+            j = (split - full) & (SPLITS - 1)
+            both = (split < full) & (full + j < units)
+            top2, mass2, acc2 = partial(stat_ptr, part_ptr, at + splits + j, both, d)
+            top1, mass1, acc1 = merge(top1, mass1, acc1, top2, mass2, acc2, scale)
+        highest = tl.max(top1, axis=0, keep_dims=True)
+        weight = tl.exp2((top1 - highest) * scale)
+        mass1, acc1 = tl.sum(weight * mass1, axis=0, keep_dims=True), tl.sum(weight[:, None] * acc1, axis=0, keep_dims=True)
+        top, mass, out = merge(top, mass, out, highest, mass1, acc1, scale)
+    out = out / mass[:, None]
+    tl.store(out_ptr + row * D + d[None, :], out.to(out_ptr.dtype.element_ty))
 
 
 def tree_attention(q, k, v, view):
@@ -225,9 +238,9 @@ def tree_attention(q, k, v, view):
     stat = torch.empty(B * T * H, splits + tails, 2, device=device)
     part = torch.empty(B * T * H, splits + tails, D, device=device)
     scale, options = D ** -0.5 * LOG2_E, dict(PDL=pdl(device), **launch_options(device))
-    tree_attention_kernel[(tiles * splits + T * tails, B * KV)](
+    tree_attention_kernel[(tiles * splits + T, B * KV)](
         q, k, v, prefix_len, slots, count, stat, part, T, A, tiles, splits, tails, k.stride(0), k.stride(1), scale,
         KV, G, D, BLOCK, rows, STAGES, max(16, triton.next_power_of_2(G)), num_warps=WARPS, **options)
     combine_kernel[(T * H, B)](stat, part, prefix_len, count, out, H, splits, tails, scale, D, BLOCK, SPLITS,
-                               num_warps=WARPS, **options)
+                               min(CHUNK, SPLITS), num_warps=COMBINE_WARPS, **options)
     return out

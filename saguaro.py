@@ -314,8 +314,8 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
     glue, chunks = False, None
     with Beside(draft_model.device) as beside:
         while True:
-            drafted = beside.draft(drafter.precompute, glue)            # guess the outcomes, draft for each of them ...
-            verified = beside.target(target.verify, drafter.spec.tokens, drafter.spec.q, tree)   # ... beside the verify
+            verified, drafted = beside.both(lambda: target.verify(drafter.spec.tokens, drafter.spec.q, tree),
+                                            lambda: drafter.precompute(glue))   # guess the outcomes, draft for each
             if chunks:
                 yield chunks                                            # while both work, the caller gets the last text
             verdict, report = verified()

@@ -422,8 +422,8 @@ def test_rounds_match_the_twins(options, trimmed, monkeypatch):
         draft.embed[1:], draft.head[1:] = target.embed[:50], target.head[:50]
     draft.norm.mul_(0.5 + torch.rand(32))                               # agrees with the target now and then
 
-    def at_once(self, work, args):                                      # the interpreter isn't made for threads
-        result = work(*args)
+    def at_once(self, work):                                            # the interpreter isn't made for threads
+        result = work()
         return lambda: result
     monkeypatch.setattr(graphs.Beside, "submit", at_once)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)

@@ -144,7 +144,7 @@ def measure(target_model, draft_model, sampling=Sampling(), batch=1, context=256
             target.verify(tokens[n], None, chains[n])
 
         def both():
-            drafted, verified = side.draft(drafter.precompute), side.target(verify, k + 1)
+            verified, drafted = side.both(lambda: verify(k + 1), drafter.precompute)
             verified(), drafted()
         for n in tokens:
             times.verify.append([limit, n, took(lambda: verify(n))])

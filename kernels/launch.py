@@ -150,7 +150,7 @@ def prefetch(w_ptr, row, N, K: tl.constexpr, k0, ROWS: tl.constexpr, BYTES: tl.c
     """Fetch the first columns from k0 on of W[row:row+ROWS], some BYTES, into L2, without waiting for them."""
     if PDL:
         LINE: tl.constexpr = 128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)        # 128 bytes
-        LINES: tl.constexpr = triton.next_power_of_2(min((K + LINE - 1) // LINE, BYTES // (ROWS * 128)))
+        LINES: tl.constexpr = triton.next_power_of_2(min((K + LINE - 1) // LINE, max(1, BYTES // (ROWS * 128))))
         rows = row + tl.arange(0, ROWS)
         kk = k0 + tl.arange(0, LINES) * LINE
         at = w_ptr + tl.minimum(rows, N - 1)[:, None].to(tl.int64) * K + tl.minimum(kk, K - 1)[None, :]

@@ -187,7 +187,7 @@ class Batch:
         self.sources = ["neural"] * len(prompts)    # where each sequence's speculation came from
         self.kind = None                            # SSD: "hit", or the backup that this round waited for
         self.read_back, self.posted, self.read = ReadBack(depth=2), [], 0
-        self.replan_at = max(16, next_power_of_two(self.stats.rounds))      # see saguaro.time_to_replan
+        self.replan_at = max(16, next_power_of_two(self.stats.rounds))      # see plan.time_to_replan
         self.ahead = 1 if target.device.type == "cuda" else 0       # rounds that may run before their predecessor is read
 
     def sides(self, *wanted):
@@ -229,9 +229,9 @@ class Batch:
         self.stats.prefill_seconds += self.last - self.started
 
     def post(self, *tensors):
-        """Send a round's outcome on its way to the host: report [B, 2K+5] and, in SSD, found [B, 2]."""
+        """Send a round's outcome on its way to the host: report [B, 2K+5] and, if it was looked up, found [B, 2]."""
         self.stats.started += 1
-        self.posted.append(self.read_back.post(*(cross(x, tensors[0].device) for x in tensors)))
+        self.posted.append(self.read_back.post(*(cross(x, tensors[0].device) for x in tensors if x is not None)))
 
     def outcomes(self, tree, drain=False):
         """Yield the chunks of the rounds that are due: all but those that may run ahead, or with `drain` all.

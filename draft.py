@@ -233,6 +233,7 @@ class Drafter:
         """Look the outcome up; commit the accepted path and, on a hit, the branch as the new trunk: one move of KV rows.
 
         The branch becomes self.spec (of those that missed only the root counts). Returns found [B, 2]: hit (0 or 1), branch.
+        cache: a SpeculationCache, or None where nothing was prepared; then this is `commit`, and returns None.
         """
         return self.run("join", self._switch, cross(verdict, self.device), cache)
 

@@ -146,9 +146,12 @@ class Beside:
             self.pool.shutdown()
 
     def both(self, target, draft):
-        """Start target() on the caller's stream and draft() beside it; returns for each a function that joins and gives
-        its result. The target's step goes first: it is launched in less time than the draft's many small kernels, and has
-        more to do."""
+        """Start target() on the caller's stream and, if it isn't None, draft() beside it; returns for each a function that
+        joins and gives its result. The target's step goes first: it is launched in less time than the draft's many small
+        kernels, and has more to do."""
+        if draft is None:
+            verified = target()
+            return lambda: verified, lambda: None
         if not self.cuda:
             return self.submit(target), self.submit(draft)
         self.stream.wait_stream(torch.cuda.current_stream(self.device))         # not for the target's step

@@ -11,47 +11,23 @@ those of SpecInfer (Miao et al. 2024) and Sequoia (Chen et al. 2024).
 
 Shapes: B sequences, M+1 nodes of a speculation (node 0 the root), K its depth (the lookahead of a chain), V vocabulary.
 """
-import math
+from functools import partial
 
 import torch
 
 import kernels
-from batch import Batch, Chunk, Options, Stats, next_power_of_two  # noqa: F401 (for callers)
+from batch import Batch, Chunk, Options, Stats  # noqa: F401 (for callers)
 from draft import Drafter, Verdict
-from errors import UserError
 from graphs import Beside, Graphs, cross, on
 from kernels.noise import ACCEPT, TARGET
 from model import KVCache, prefill
+from plan import Rest, choose_backup, make_plan, time_to_replan
 from sampling import Sampling, saguaro_probs  # noqa: F401 (for callers, and the rest of the maths)
 from tree import Tree
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The maths
-
-def fan_out(stop, r, budget, limit):
-    """How many bonus tokens to guess for each outcome node: F_node ~ P(node)^{1/(1+r)}, sum F = budget.
-
-    Minimises the expected miss rate sum P(node) F^-r (Def. 11) under the budget; for P of a chain with acceptance rate
-    a this is Theorem 12's capped geometric fan-out F_k = F_0 a^{k/(1+r)}, F_K = F_0 a^{K/(1+r)} (1-a)^{-1/(1+r)}.
-    stop: P(node), M+1 floats; limit: most guesses a node can have. Returns M+1 ints (largest remainders rounded up).
-    """
-    budget = min(budget, limit * len(stop))
-    share = [max(p, 1e-9) ** (1 / (1 + r)) for p in stop]
-    exact, left, free = [0.0] * len(stop), float(budget), set(range(len(stop)))
-    while free:                                                     # hand what exceeds the limit to the others
-        total = sum(share[i] for i in free)
-        full = {i for i in free if share[i] / total * left >= limit}
-        for i in full or free:
-            exact[i] = limit if full else share[i] / total * left
-        left -= limit * len(full)
-        free = free - full if full else set()
-    floor = [int(x + 1e-9) for x in exact]
-    by_rest = sorted(range(len(stop)), key=lambda i: floor[i] - exact[i])
-    for i in by_rest[:budget - sum(floor)]:
-        floor[i] += 1
-    return floor
-
+# Accepting: two rules
 
 def accept_coupled(tokens, tree, own):
     """Follow the target's own token from the root for as long as the tree holds it (greedy: the same with no noise).
@@ -100,90 +76,6 @@ def normalise(weights, otherwise):
     return torch.where(total > 0, weights / total.clamp(min=1e-30), otherwise)
 
 
-def expected_speedup(p, e_hit, e_miss, t_primary, t_backup):
-    """Theorem 7: SSD over AR = [p E_hit + (1-p) E_miss] / [p max(1, T_p) + (1-p)(1 + T_b)].
-
-    p: hit rate; E: tokens per round incl. bonus; T: drafting time in units of one verify. For reading and testing: --tune
-    works with the same in seconds (tune.Times.round_seconds).
-    """
-    return (p * e_hit + (1 - p) * e_miss) / (p * max(1.0, t_primary) + (1 - p) * (1 + t_backup))
-
-
-def critical_batch(p, e_hit, e_slow, e_fast, t_slow, t_fast):
-    """Theorem 17: the batch size b* = ln(1-w) / ln p above which the fast backup beats the slow one.
-
-    A round waits for the backup unless all b sequences hit, p^b. With N_x = p E_hit + (1-p) E_x, break-even is at
-    1 - p^b = w = (N_slow - N_fast) / (N_fast T_slow - N_slow T_fast). Returns a float, inf if slow always wins.
-    """
-    n_slow, n_fast = (p * e_hit + (1 - p) * e for e in (e_slow, e_fast))
-    gain, cost = n_slow - n_fast, n_fast * t_slow - n_slow * t_fast
-    if gain <= 0:
-        return 0.0 if cost > 0 else math.inf
-    if cost <= gain or p >= 1:
-        return math.inf
-    return math.log(1 - gain / cost) / math.log(p) if p > 0 else 0.0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Choices that follow from what has been measured
-
-WORTHWHILE = 0.02       # more tokens a round, relatively, or more hits, for which a plan is changed: that costs a backup
-
-
-def make_plan(options, stats, draft_model, old=None):
-    """The token tree and the fan-out of its nodes, by what has been measured so far: (Tree, list of M+1 ints).
-
-    old: the plan in use, which is given back unless a new one promises worthwhile gains. UserError if the draft's
-    vocabulary is too small for the tree.
-    """
-    widths, accept = options.widths(), stats.rank_acceptance()
-    device, vocab_size = draft_model.device, draft_model.config.vocab_size
-    if widths is None:
-        tree = Tree.chain(options.k, device)
-    elif isinstance(widths, int):
-        tree = Tree.best(widths, accept, options.k, device)
-    else:
-        tree = Tree.from_widths(widths, device)
-    accepted = lambda tree: sum(tree.reach(accept)[1:])
-    if old is not None and accepted(tree) < (1 + WORTHWHILE) * accepted(old[0]):
-        tree = old[0]
-    if max(tree.n_children) >= vocab_size - 1:
-        raise UserError(f"a node of the tree has {max(tree.n_children)} children, the draft only {vocab_size} tokens to "
-                        f"choose from; use a narrower tree")
-    if options.fanout == "uniform":
-        stop, r = [1.0] * tree.size, 0.0
-    else:
-        stop = tree.stop_probability(accept) if options.fanout == "geometric" else stats.stop_probability(tree)
-        r = stats.miss_exponent()
-    fan = fan_out(stop, r, options.fanout_budget, vocab_size - 1 - max(tree.n_children))
-    misses = lambda fan: sum(p * max(F, 0.5) ** -r for p, F in zip(stop, fan))
-    if old is not None and tree is old[0] and misses(old[1]) - misses(fan) < WORTHWHILE:
-        fan = old[1]
-    return tree, fan
-
-
-def time_to_replan(options, batch):
-    """Measured trees and fan-outs are renewed at rounds 16, 32, 64, ...: often while little is known."""
-    if batch.stats.rounds < batch.replan_at:
-        return False
-    batch.replan_at = next_power_of_two(batch.stats.rounds)
-    return options.fanout != "uniform" or isinstance(options.widths(), int)
-
-
-def choose_backup(options, stats, batch_size):
-    """"neural" or "fast": options.backup, or for "auto" the better one at this batch size (Theorem 17), as measured."""
-    if options.backup != "auto":
-        return options.backup
-    if "hit" not in stats.waits or "neural" not in stats.waits:
-        return "neural"
-    mean = lambda table, kind, default: table[kind][1] / table[kind][0] if kind in table else default
-    round_time = mean(stats.waits, "hit", 0)
-    t_slow, t_fast = (max(0, mean(stats.waits, kind, round_time) / round_time - 1) for kind in ("neural", "fast"))
-    e_hit, e_slow, e_fast = (mean(stats.sources, kind, 1.0) for kind in ("hit", "neural", "fast"))
-    best = critical_batch(stats.hit_rate, e_hit, e_slow, e_fast, t_slow, t_fast)
-    return "neural" if batch_size < best else "fast"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The target side
 
@@ -205,15 +97,17 @@ class Target:
         with on(self.model.device):
             self.prefix_len.copy_(prefill(self.model, self.cache, prompts))
 
-    def verify(self, tokens, q, tree):
+    def verify(self, tokens, q, tree, alone=False):
         """One forward over the tree, the accept rule, and the commit of the accepted path.
 
         tokens [B, M+1], q [B, M+1, V] or None, here or on the draft's device. Returns the Verdict and `report` [B, 2K+5] for
         the host: the tokens of the path, its nodes, k, bonus, and 1 where a drafted token was there to be rejected.
+        alone: no draft works beside it.
         """
         device = self.model.device
         with self.stats.span("verify", "target"), on(device):
-            return self.graphs(self._verify, cross(tokens, device), cross(q, device), tree.on(device))
+            step = self._verify_alone if alone else self._verify
+            return self.graphs(step, cross(tokens, device), cross(q, device), tree.on(device))
 
     def _verify(self, tokens, q, tree):
         start = self.prefix_len[:, None]
@@ -233,6 +127,17 @@ class Target:
         if tree.depth:                                                      # else the root stands where it belongs
             self.cache.commit(src, dst)
         return verdict, report
+
+    def _verify_alone(self, *args):
+        """_verify by kernels that leave no room for a draft, whatever the model is set to."""
+        ops = getattr(self.model, "ops", kernels.TORCH)
+        if ops is kernels.TORCH:
+            return self._verify(*args)
+        self.model.ops = kernels.TRITON
+        try:
+            return self._verify(*args)
+        finally:
+            self.model.ops = ops
 
     def keep(self, rows):
         """Go on with the sequences `rows` alone."""
@@ -311,33 +216,36 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
     drafter.plan(tree, fan)
     batch.prefilled()
     drafter.speculate()                                                 # round 1: the speculation cache is empty
-    glue, chunks = False, None
+    glue, chunks, rest = False, None, Rest(batch.stats)
     with Beside(draft_model.device) as beside:
         while True:
-            verified, drafted = beside.both(lambda: target.verify(drafter.spec.tokens, drafter.spec.q, tree),
-                                            lambda: drafter.precompute(glue))   # guess the outcomes, draft for each
+            ahead = rest.over()                                         # else outcomes are beyond guessing: a round of SD
+            verify = partial(target.verify, drafter.spec.tokens, drafter.spec.q, tree, alone=not ahead)
+            precompute = partial(drafter.precompute, glue)              # guess the outcomes, draft for each of them
+            verified, drafted = beside.both(verify, precompute if ahead else None)
             if chunks:
                 yield chunks                                            # while both work, the caller gets the last text
             verdict, report = verified()
             found = drafter.switch(verdict, drafted())
             batch.post(report, found)
-            chunks, hits = batch.finish_round(tree, drafter)
+            chunks, hits = batch.finish_round(tree, drafter if ahead else None)
             if batch.read == 1:                                     # at once: the next round has graphs to record first
                 yield chunks
                 chunks = None
             if (rows := batch.drop_finished(target, drafter)) is not None:
                 if not rows:
                     break
-                found, hits = found[rows], [hits[row] for row in rows]
+                found, hits = found[rows] if ahead else None, [hits[row] for row in rows]
             backup = choose_backup(options, batch.stats, len(batch.live))
             plan = old = tree, fan
             if time_to_replan(options, batch):
                 plan = make_plan(options, batch.stats, draft_model, old)
-            if plan != old:                                             # what was drafted for the old plan is void
+            if plan != old:
                 tree, fan = plan
                 drafter.plan(tree, fan)
                 batch.stats.stops.clear()
-                drafter.speculate()
+            if plan != old or not ahead:                                # what was drafted is for the old plan, or nothing was
+                drafter.speculate(refeed=not ahead)
                 hits, backup = [False] * len(hits), "neural"
             elif not all(hits):                                         # those that missed need a speculation now
                 drafter.fall_back(backup, found)

@@ -35,11 +35,12 @@ def run(capsys, *flags):
 
 def test_readme_is_what_results_say():
     readme = report.README.read_text(encoding="utf-8")
-    found = report.shown(readme)
-    assert {"speculation_embedded.json", "speculation_smollm2.json"} <= {path.name for path in found}
-    for path in found:
-        assert f"<!-- {path.name} -->\n{report.block(path)}<!-- end of {path.name} -->" in readme, "run python bench.py --report"
-        drawn = plot(json.loads(path.read_text(encoding="utf-8")))
+    found = report.blocks(readme)
+    assert {"speculation_embedded.json", "speed_smollm2_h100.json", "headline of speed_smollm2_h100.json"} <= {*found}
+    for name, text in found.items():
+        assert f"<!-- {name} -->\n{text}<!-- end of {name} -->" in readme, "run python bench.py --report"
+        path = report.RESULTS / name.removeprefix("headline of ")
+        drawn = plot(report.read(path))
         assert not drawn or path.with_suffix(".svg").read_text(encoding="utf-8") == drawn, "run python bench.py --report"
 
 
@@ -88,7 +89,7 @@ def test_steps(capsys, tiny_shapes):
         [(c, n, [2.0, 1.0, 4.0]) for c in (5, 20) for n in (1, 4)]
     weights, cached = timing.step_bytes(TINY, torch.float32, 20)
     assert result["rows"][-1]["bandwidth"] == (weights + cached) / 2e-3
-    assert "tiny, context 20, 4 tokens" in printed and "K and V" in printed and result["command"].startswith("python bench.py")
+    assert "tiny, context 20, 4 tokens" in printed and "| tiny  |      20 |" in printed and result["command"].startswith("python bench.py")
 
 
 def test_speed_of_the_embedded_pair(capsys, tiny_shapes, tmp_path):

@@ -21,6 +21,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import draft as draft_side
+import plan
 import saguaro
 import templates
 from batch import MAX_BUDGET, MAX_NODES, Batch
@@ -29,8 +30,9 @@ from errors import UserError
 from graphs import MOST, Graphs
 from measure.pairs import rounded
 from model import KVCache, Llama, LlamaConfig, prefill
+from plan import critical_batch, expected_speedup, fan_out
 from sampling import Sampler, Sampling, saguaro_probs
-from saguaro import Options, Stats, Target, critical_batch, expected_speedup, fan_out
+from saguaro import Options, Stats, Target
 from tokenizer import Tokenizer
 from tree import Tree
 
@@ -287,23 +289,26 @@ def test_batch_does_not_change_a_text():
     (Sampling(1.0, seed=1), Options(tree="3,2,1", fanout_budget=12)),
     (Sampling(0.7, seed=1), Options(k=4, tree="7", fanout_budget=8, backup="fast")),
 ))
-@pytest.mark.parametrize("loop", (saguaro.sd, saguaro.ssd))
-def test_speculations_are_the_drafts_own(loop, sampling, options, monkeypatch):
+@pytest.mark.parametrize("loop, rests", ((saguaro.sd, False), (saguaro.ssd, False), (saguaro.ssd, True)))
+def test_speculations_are_the_drafts_own(loop, rests, sampling, options, monkeypatch):
     """Every drafted token and every guessed outcome is the draft's best behind its whole text, decoded plainly.
 
-    So the draft's KV cache holds the right rows after hits, misses of either backup, and new plans.
+    So the draft's KV cache holds the right rows after hits, misses of either backup, rests and new plans.
     """
     target, draft = PAIRS["perturbed"]()
-    specs, caches = [], []
+    specs, caches = [], {}                                                  # caches: round -> what was guessed
+    if rests:                                                               # every other round or so
+        for name, value in (("TRIED", 3), ("HOPELESS", 2), ("REST", 1)):
+            monkeypatch.setattr(plan, name, value)
     verify, precompute = Target.verify, Drafter.precompute
 
-    def watch_verify(self, tokens, q, tree):
+    def watch_verify(self, tokens, q, tree, alone=False):
         specs.append((tokens.tolist(), tree))
         return verify(self, tokens, q, tree)
 
     def watch_precompute(self, *args):
         cache = precompute(self, *args)
-        caches.append((cache.nodes.tolist(), cache.roots.tolist()))
+        caches[self.stats.started] = cache.nodes.tolist(), cache.roots.tolist()
         return cache
     monkeypatch.setattr(Target, "verify", watch_verify)
     monkeypatch.setattr(Drafter, "precompute", watch_precompute)
@@ -319,7 +324,7 @@ def test_speculations_are_the_drafts_own(loop, sampling, options, monkeypatch):
                 path = tree.mask[node].nonzero().flatten().tolist()
                 behind = text + [drafted[n] for n in path[1:]]
                 guessed = []
-                if caches:
+                if i in caches:
                     guessed = [root for n, root in zip(caches[i][0], caches[i][1][row]) if n == node]
                 if -1 in behind or not children + guessed:
                     continue
@@ -333,7 +338,7 @@ def test_speculations_are_the_drafts_own(loop, sampling, options, monkeypatch):
                 assert scores[children + guessed].tolist() == pytest.approx(best.tolist(), abs=TIE)
             text += entry["tokens"]
     if loop is saguaro.ssd:
-        assert {entry["source"] for entry in stats.trace} >= {"hit", options.backup}
+        assert {entry["source"] for entry in stats.trace} >= {"hit", options.backup} and (len(caches) < len(specs)) == rests
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,6 +372,28 @@ def test_hopeless_draft(loop, accept, temperature, tree):
                 Options(k=3, tree=tree, accept=accept))[1]
     assert stats.tokens_per_round == 1 and stats.accepted == 0 and stats.acceptance_rate == 0
     assert stats.tokens == stats.tested == 18
+
+
+@pytest.mark.parametrize("accept, temperature", (("coupled", 0.0), ("residual", 1.0)))
+def test_a_hopeless_draft_rests(accept, temperature, monkeypatch):
+    """SSD becomes SD where no outcome is guessed: for 64 rounds, then for 128, ...; where all are, the draft never rests."""
+    from test_tables import TableModel
+    ahead, precompute, options = [], Drafter.precompute, Options(k=3, accept=accept, fanout_budget=4)
+
+    def watch(self, glue=False):
+        ahead.append(self.stats.started)
+        return precompute(self, glue)
+    monkeypatch.setattr(Drafter, "precompute", watch)
+    even = (torch.arange(20, device=DEVICE) % 2 == 0).float() * 200
+    ramp = torch.arange(20, device=DEVICE) * 0.1
+    target, draft = (TableModel((x + ramp).expand(2, 20, 20)) for x in (even, -even))
+    stats = run(saguaro.ssd, (target, draft), [[1, 2, 3]], 300, Sampling(temperature, seed=1), options)[1]
+    assert stats.rounds == 300 and ahead == [*range(16), *range(80, 96), *range(224, 240)]
+    assert stats.draft_forwards == 3 * 300 + 4 * 48                         # K for each speculation, K + 1 ahead
+    ahead.clear()
+    if accept == "coupled":
+        stats = run(saguaro.ssd, (target, target), [[1, 2, 3]], 300, Sampling(temperature, seed=1), options)[1]
+        assert ahead == [*range(stats.rounds)]
 
 
 @BOTH
@@ -459,7 +486,7 @@ def test_stats_are_what_the_trace_says(sampling, options, monkeypatch):
         planned.add(len(found))                                             # after how many rounds
         return plan(self, *args)
 
-    def watch_verify(self, tokens, q, tree):
+    def watch_verify(self, tokens, q, tree, alone=False):
         verdict, report = verify(self, tokens, q, tree)
         verified.append((tokens.clone(), tree, verdict))
         return verdict, report
@@ -554,9 +581,9 @@ def test_same_result_however_the_threads_run(sampling, options, monkeypatch):
     expected, expected_stats, _ = run(saguaro.ssd, PAIRS["perturbed"](), *request)
 
     def slowed(work):
-        def wrapper(*args):
+        def wrapper(*args, **more):
             time.sleep(rng.choice((0, 0, 0.002, 0.004)))
-            result = work(*args)
+            result = work(*args, **more)
             time.sleep(rng.choice((0, 0, 0.002, 0.004)))
             return result
         return wrapper
@@ -694,7 +721,7 @@ def test_a_finished_request_leaves_its_sides_alone(monkeypatch):
     """The next request may have taken them over before the first one is asked whether there is more."""
     models, options, first, second = PAIRS["perturbed"](), Options(k=3, tree="6"), Stats(), Stats(trace=[])
     monkeypatch.setattr(saguaro, "time_to_replan", lambda options, batch: batch.stats is first)
-    monkeypatch.setattr(saguaro, "WORTHWHILE", -1.0)                        # a new plan each time
+    monkeypatch.setattr(plan, "WORTHWHILE", -1.0)                        # a new plan each time
     request = [[4, 5, 6]], 40, Sampling()
     text, expected, _ = run(saguaro.sd, models, *request, options)
     early = saguaro.sd(*models, [[1, 2, 3]], 20, Sampling(), options, stats=first)
@@ -717,19 +744,43 @@ def test_a_steady_round_copies_nothing(played_graphs):
     assert (played_graphs["copied"], played_graphs["recorded"]) == before
 
 
-def test_many_graphs_make_room(monkeypatch):
-    """A side keeps so many graphs; the one just recorded is never the one that goes, however early it was first asked for."""
+@pytest.fixture
+def empty_graphs(monkeypatch):
+    """Graphs that record and replay nothing; `replayed` counts."""
     class Recording:
-        capture_begin = capture_end = replay = lambda self, **_: None
+        capture_begin = capture_end = lambda self, **_: None
+
+        def replay(self):
+            graphs.replayed += 1
     stand = types.SimpleNamespace(wait_stream=lambda other: None)
     for name, value in (("CUDAGraph", Recording), ("current_stream", lambda: stand), ("stream", contextlib.nullcontext)):
         monkeypatch.setattr(torch.cuda, name, value)
     graphs = Graphs(False)
-    graphs.on, graphs.stream = True, stand
-    double = types.MethodType(lambda self, n: 2 * n, graphs)
-    asked = [*range(MOST + 1), 0, *range(2 * MOST), *range(2 * MOST)]
-    assert [graphs(double, n) for n in asked] == [2 * n for n in asked]
-    assert sum(graph is not None for graph in graphs.recorded.values()) <= MOST
+    graphs.on, graphs.stream, graphs.replayed = True, stand, 0
+    return graphs
+
+
+def test_many_graphs_make_room(empty_graphs):
+    """A side keeps so many graphs; the one just recorded is never the one that goes, however early it was first asked for."""
+    double = types.MethodType(lambda self, n: 2 * n, empty_graphs)
+    asked = [*range(MOST + 1), 0, *range(2 * MOST), *range(2 * MOST), *range(2 * MOST)]
+    assert [empty_graphs(double, n) for n in asked] == [2 * n for n in asked]
+    assert sum(graph is not None for graph in empty_graphs.recorded.values()) <= MOST
+    assert len(empty_graphs.known) <= MOST + 1
+
+
+def test_a_graph_knows_its_arguments(empty_graphs):
+    """The same objects are replayed at sight; other tensors are copied to where the first ones lay, each time."""
+    double, (a, b, c) = types.MethodType(lambda self, x, flag: 2 * x, empty_graphs), torch.arange(3.0).split(1)
+    for x in a, a, a, a:
+        result = empty_graphs(double, x, True)
+    assert empty_graphs.replayed == 3 and [args for args, *_ in empty_graphs.known.values()] == [(a, True)]
+    for x in b, c, b:
+        assert empty_graphs(double, x, True) is result and a == x
+    assert empty_graphs(double, a[:], True) is result and a == b            # another view of the same place
+    assert empty_graphs.replayed == 7 and len(empty_graphs.known) == 2
+    empty_graphs.clear()
+    assert empty_graphs(double, b, True) == 2 * b and empty_graphs.replayed == 7
 
 
 def test_leaving_early_and_failing(monkeypatch):
@@ -976,9 +1027,9 @@ def test_streams_may_be_late(tree, monkeypatch):
     wanted = run(saguaro.autoregressive, models, prompts, 64, Sampling(0.8, seed=1))[0]
 
     def late(work):
-        def wrapper(*args):
+        def wrapper(*args, **more):
             torch.cuda._sleep(rng.choice((0, 0, 100_000, 2_000_000)))
-            return work(*args)
+            return work(*args, **more)
         return wrapper
     for side, step in ((Target, "verify"), (Drafter, "precompute"), (Drafter, "switch"), (Drafter, "fall_back")):
         monkeypatch.setattr(side, step, late(getattr(side, step)))

@@ -12,7 +12,8 @@ import tune
 import tune_cache
 from batch import Options, Stats
 from model import Llama, LlamaConfig
-from saguaro import autoregressive, expected_speedup, make_plan, sd, ssd
+from plan import expected_speedup, make_plan
+from saguaro import autoregressive, sd, ssd
 from sampling import Sampling
 from tree import Tree
 from tune import Times

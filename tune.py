@@ -24,7 +24,8 @@ from draft import Drafter
 from graphs import Beside
 from kernels import MAX_ROWS, TORCH
 from measure.timing import seconds_of
-from saguaro import Target, autoregressive, make_plan, sd, ssd
+from plan import make_plan
+from saguaro import Target, autoregressive, sd, ssd
 from sampling import Sampler, Sampling
 from tree import Tree
 

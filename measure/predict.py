@@ -3,7 +3,7 @@ with another pair, whose parts are measured and whose acceptance is made up?"""
 from dataclasses import replace
 
 from batch import Stats
-from saguaro import make_plan
+from plan import make_plan
 from tune import choose, interpolate, measure
 
 RATES = 0.5, 0.6, 0.7, 0.8, 0.9         # acceptance per token

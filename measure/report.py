@@ -92,12 +92,19 @@ def speed_table(result):
 
 
 def steps_table(result):
-    copy = result["card"]["copy_bandwidth"]
-    rows = [[f"{r['shape']}, context {r['context']}, {r['rows']} token{'s' * (r['rows'] > 1)}", spread(r["ms"], 3),
-             gigabytes(r["weight_bytes"]), gigabytes(r["kv_bytes"]), f"{r['bandwidth'] / 1e12:.2f}", f"{r['bandwidth'] / copy:.0%}"]
-            for r in result["rows"]]
-    return "\n".join(card_lines(result["card"])) + f" Random weights, {result['dtype']}, batch 1.\n\n" + \
-        table(["a step of", "ms", "weights", "K and V", "TB/s", "of ceiling"], rows)
+    copy, found = result["card"]["copy_bandwidth"], result["rows"]
+    widths = sorted({r["rows"] for r in found})
+    cell = lambda r: f"{r['ms'][0]:.3f} ({r['bandwidth'] / copy:.0%})"
+    rows = []
+    for shape, context in dict.fromkeys((r["shape"], r["context"]) for r in found):
+        here = {r["rows"]: r for r in found if (r["shape"], r["context"]) == (shape, context)}
+        first = next(iter(here.values()))
+        rows.append([shape, context, gigabytes(first["weight_bytes"]), gigabytes(first["kv_bytes"]),
+                     *(cell(here[n]) if n in here else "-" for n in widths)])
+    least, most = (max(abs(r["ms"][i] / r["ms"][0] - 1) for r in found) for i in (1, 2))
+    return "\n".join(card_lines(result["card"])) + f" Random weights, {result['dtype']}, batch 1. Medians in ms, and the share of " \
+        f"the ceiling; the least and the most of a step lie within -{least:.1%} and +{most:.1%} of it.\n\n" + \
+        table(["shape", "context", "weights", "K and V", *(f"{n} token{'s' * (n > 1)}" for n in widths)], rows)
 
 
 def kernels_table(result):
@@ -145,29 +152,47 @@ def tables(result):
     return KINDS[result["kind"]](result)
 
 
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def block(path):
     """What README.md says between the markers of a results file."""
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = read(path)
     made = f"`{result['command']} --json results/{path.name}`" if result["command"].startswith("python") else result["command"]
     text = f"Command: {made}\n\n" + tables(result)
     return text + (f"\n![{path.stem}](results/{path.stem}.svg)\n" if plot(result) else "")
 
 
-def shown(readme):
-    """The results files that README.md has a place for and that exist."""
-    return [path for path in sorted(RESULTS.glob("*.json")) if f"<!-- {path.name} -->\n" in readme]
+def headline(result):
+    """One line: what the first run of a "speed" result has come to."""
+    run = result["runs"][0]
+    modes = {mode["label"]: mode for mode in run["modes"]}
+    speeds = ", ".join(f"`{name}` {modes[name]['tok_s'][0]:.0f}" for name in ("ar", "sd", "ssd"))
+    return f"**{speeds} tokens a second** on one {result['card']['device']}, batch {run['batch']}, " \
+        f"{'greedy' if not run['temperature'] else 'sampled'}, {'the same tokens' if modes['ssd']['same_text'] else 'OTHER TOKENS'}.\n"
+
+
+def blocks(readme):
+    """What README.md has a place for, between `<!-- name -->` and `<!-- end of name -->`, and results/ an answer to:
+    {name: text}. A name is that of a file, or "headline of" one."""
+    found = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        for name, make in ((path.name, block), (f"headline of {path.name}", lambda path: headline(read(path)))):
+            if f"<!-- {name} -->\n" in readme:
+                found[name] = make(path)
+    return found
 
 
 def write():
     """Bring README.md and the plots up to date with results/."""
     text = README.read_text(encoding="utf-8")
-    for path in shown(text):
-        begin, end = f"<!-- {path.name} -->\n", f"<!-- end of {path.name} -->"
+    for name, content in blocks(text).items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
         head, rest = text.split(begin)
         if end not in rest:
             raise UserError(f"README.md: {begin.strip()} without {end}")
-        text = head + begin + block(path) + end + rest.split(end, 1)[1]
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if drawn := plot(result):
-            path.with_suffix(".svg").write_text(drawn, encoding="utf-8")
+        text = head + begin + content + end + rest.split(end, 1)[1]
+        if (RESULTS / name).exists() and (drawn := plot(read(RESULTS / name))):
+            (RESULTS / name).with_suffix(".svg").write_text(drawn, encoding="utf-8")
     README.write_text(text, encoding="utf-8")

@@ -24,7 +24,7 @@ import tune_cache
 from batch import Options, Stats, check_vocabularies
 from errors import UserError, exit_on_user_error
 from model import DTYPES, Llama, LlamaConfig
-from request import FlagParser, parse_flags, read_rows  # noqa: F401 (FlagParser: bench.py's too)
+from request import parse_flags, read_rows
 from saguaro import autoregressive, sd, ssd
 from sampling import Sampling
 from timeline import Timeline, report

@@ -8,9 +8,8 @@ many branches at once and prefilling a chunk are all the same call with another 
 Shapes: B sequences, T new tokens, S speculative slots, C cache slots, H query heads, KV key/value heads, D head_dim,
 V vocabulary.
 
-References:
-1) Llama: https://github.com/meta-llama/llama-models (and the checkpoint layout of Hugging Face transformers)
-2) Attention as in nanoGPT: https://github.com/karpathy/nanoGPT/blob/master/model.py
+After https://github.com/meta-llama/llama-models, in the checkpoint layout of Hugging Face transformers; in the manner of
+https://github.com/karpathy/nanoGPT/blob/master/model.py.
 """
 import json
 import math

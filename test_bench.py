@@ -9,7 +9,7 @@ import torch
 import bench
 import tune
 from errors import UserError
-from measure import pairs, predict, report, timing
+from measure import flags, pairs, predict, report, timing
 from measure.plot import plot
 from model import Llama, LlamaConfig
 from sampling import Sampling
@@ -152,7 +152,7 @@ def test_padded_pair(capsys, monkeypatch):
 
 def test_settled_rounds_only(monkeypatch):
     """The first rounds, those that record a CUDA graph and the ones after them are left out of time and tokens."""
-    pair = pairs.text_pair(bench.parse_flags(["--device", "cpu"]), None, None)
+    pair = pairs.text_pair(flags.parse_flags(["--device", "cpu"]), None, None)
     contestant = bench.Contestant(pair, "ar", None, Sampling(), 32)
     kept, (text,) = contestant.run([pair.prompts[0]], [0])
     assert kept["tokens"] == kept["rounds"] == len(text) - bench.SETTLE and kept["left_out"] == bench.SETTLE

@@ -1,0 +1,102 @@
+"""The flags of bench.py."""
+import argparse
+import math
+from pathlib import Path
+
+from batch import Options
+from errors import UserError
+from generate import find_device
+from model import DTYPES
+from request import FlagParser
+from sampling import Sampling
+from shapes import SHAPES
+
+
+def names(text):
+    return text.split(",")
+
+
+def numbers(text):
+    return [int(part) for part in text.split(",")]
+
+
+def parse_flags(argv, description=None):
+    """The flags of bench.py with what follows from them: device, dtype, repeats, sampling, options. Raises UserError."""
+    parser = FlagParser("bench.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    for flag, metavar, help in (
+            ("--target", "DIR", "default: the embedded target"), ("--draft", "DIR", "default: the embedded draft"),
+            ("--target-shape", "SHAPE", f"random weights: {', '.join(SHAPES)}"),
+            ("--draft-shape", "SHAPE", "the same for the draft"),
+            ("--pad", "SHAPE", "embed the target in that shape, where it computes the same at the cost of the shape"),
+            ("--pad-draft", "SHAPE", "the same for the draft"),
+            ("--prompts", "FILE.jsonl", "default: 20 story openings"), ("--device", "D", "auto, cpu, cuda or cuda:N"),
+            ("--json", "FILE", "write the JSON there too"), ("--plot", "FILE.svg", "draw the results")):
+        add(flag, metavar=metavar, help=help)
+    for flag, kind, metavar, default, help in (
+            ("--round-draft", int, "BITS", None, "draft: the target with its linears rounded to so many bits"),
+            ("--accept-rate", float, "X", None, "SYNTHETIC acceptance for --target-shape and --draft-shape"),
+            ("--temperature", float, "T", 0.0, "0 is greedy"), ("--max-new-tokens", int, "N", 128, "in every sequence"),
+            ("--batch", numbers, "N,N", [1], "sequences at once"),
+            ("--sequences", int, "N", 4, "prompts in a repeat, spread over the file; at least the batch"),
+            ("--repeats", int, "N", None, "default: 5, on a CPU 3"),
+            ("--context", numbers, "N,N", None, "prompt tokens (default: prompts as they are, 128 random ones; 512 in steps)"),
+            ("--rows", numbers, "N,N", [1, 8, 16, 32, 64], "tokens in a step, for --steps"),
+            ("--k", int, "N", Options.k, "lookahead"), ("--tree", str, "TREE", None, "as in generate.py"),
+            ("--ctas", int, "N", None, "CTA budget of the target's linears in ssd (GPU; default: one a multiprocessor)"),
+            ("--fanout-budget", int, "N", Options.fanout_budget, "outcomes guessed in a round"),
+            ("--sweep", names, "k,fanout,tree,cta", [], "also time other values of these"),
+            ("--steps", names, "SHAPES", None, "time single steps with random weights"),
+            ("--kernels", names, "SHAPES", None, "time single kernels (GPU)")):
+        help += "" if default in (None, []) else f" (default {default})"
+        add(flag, type=kind, metavar=metavar, default=default, help=help)
+    add("--fanout", default=Options.fanout, choices=("uniform", "geometric", "auto"), help="how guesses spread over the places to stop")
+    add("--draft-dtype", choices=("int8",), help="round the draft's weights to int8")
+    add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
+    for flag, help in (("--tune", "add sd and ssd as --tune of generate.py finds them best"),
+                       ("--chat", "put the prompts under the chat template"),
+                       ("--vs-transformers", "add transformers' generate"),
+                       ("--predict", "the speedup model with measured steps"), ("--speculation", "tables without a clock"),
+                       ("--small", "fewer fan-out budgets in --speculation"), ("--report", "write README.md from results/")):
+        add(flag, action="store_true", help=help)
+    args = parser.parse_args(argv)
+    shapes, work = args.target_shape and not args.predict, (args.steps, args.kernels, args.predict, args.speculation)
+    optional = args.repeats, args.round_draft, args.ctas
+    drafts = args.draft or args.round_draft or args.draft_shape or not (args.target or args.target_shape)
+    for wrong, message in (
+        (min(*args.batch, *(args.context or []), *args.rows, args.sequences, *(n for n in optional if n is not None)) < 1,
+         "--batch, --sequences, --context, --rows, --repeats, --round-draft and --ctas must be at least 1"),
+        (max(args.rows) > 128, "--rows: a step takes at most 128 tokens"),
+        (args.max_new_tokens < 32, f"--max-new-tokens must be at least 32 to be timed, got {args.max_new_tokens}"),
+        (not 0 <= args.temperature < math.inf, f"--temperature must be at least 0, got {args.temperature}"),
+        (set(args.sweep) - {"k", "fanout", "tree", "cta"}, f"--sweep takes k, fanout, tree and cta, not {','.join(args.sweep)}"),
+        (shapes and (args.target or args.draft or args.pad or args.pad_draft or args.prompts or args.round_draft),
+         "--target-shape means random weights: leave out --target, --draft, --round-draft, --pad, --pad-draft and --prompts"),
+        (args.pad_draft and not (args.pad and drafts),
+         "--pad-draft needs a draft, and goes with --pad: the target's vocabulary must be the larger one"),
+        (shapes and bool(args.draft_shape) != (args.accept_rate is not None),
+         "random models never agree: --draft-shape and --accept-rate go together"),
+        (not args.target_shape and (args.accept_rate is not None or args.draft_shape and not args.predict),
+         "--draft-shape and --accept-rate are for --target-shape; a real pair has an acceptance of its own"),
+        ((args.tune or args.sweep) and not drafts,
+         "--tune and --sweep need a draft: give --draft DIR, --round-draft BITS or --draft-shape SHAPE"),
+        (args.accept_rate is not None and not 0 <= args.accept_rate < 1, "--accept-rate must lie in [0, 1)"),
+        (args.draft and args.round_draft, "--draft or --round-draft, not both"),
+        (any(work) and sum(map(bool, (*work, args.tune or args.vs_transformers or args.sweep))) > 1,
+         "--steps, --kernels, --predict and --speculation are measured alone, without --tune, --sweep and --vs-transformers"),
+        (args.vs_transformers and (args.batch != [1] or args.target_shape or args.draft_dtype),
+         "--vs-transformers takes --batch 1 and a real pair, its draft not in int8"),
+        (args.plot and (args.steps or args.kernels),
+         "--plot draws speeds, --predict and --speculation, not single steps or kernels"),
+        (any(path and (not Path(path).parent.is_dir() or Path(path).is_dir()) for path in (args.json, args.plot)),
+         "--json and --plot need a file in a folder that is there"),
+    ):
+        if wrong:
+            raise UserError(message)
+    args.prompt, args.device = None, find_device(args.device or "auto")
+    args.dtype = DTYPES[args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")]
+    args.repeats = args.repeats or (5 if args.device.type == "cuda" else 3)
+    args.sampling = Sampling(args.temperature)
+    args.options = Options(k=args.k, tree=args.tree, fanout=args.fanout, fanout_budget=args.fanout_budget)
+    args.options.check()
+    return args

@@ -46,6 +46,7 @@ from measure.speculation import speculation
 from measure.timing import Step, card, model_bytes, random_cache, random_model, seconds_of, step_bytes
 from model import LlamaConfig
 from shapes import SHAPES
+from timeline import Timeline, hidden_share, host_wait
 from tune import choose, cta_budgets, describe, find, usual_ctas
 
 COUNTED = "tokens", "seconds", "rounds", "sequence_rounds", "accepted", "tested", "hits", "lookups", "prefill_seconds"
@@ -128,6 +129,14 @@ def compare(contestants, groups, repeats, device):
             if repeat >= 0:
                 counted[label].append(total)
     return counted, texts
+
+
+def watched(contestant, group):
+    """Run ssd once more with the time of each step taken: what the target waits for the host, and the draft's hidden share."""
+    contestant.stats.timeline = Timeline(target=contestant.pair.target.device, draft=contestant.pair.draft.device)
+    contestant.run(group, list(range(len(group))))
+    spans, contestant.stats.timeline = contestant.stats.timeline.spans(), None
+    return dict(host=host_wait(spans), hidden=hidden_share(spans))
 
 
 def spread(values):
@@ -236,6 +245,7 @@ def speed(args):
                 if pair.draft is not None and size == 1 and args.options.tree is None:
                     stats = contestants["ssd"].stats
                     head["parts"], head["model"] = parts(pair, stats, args.sampling, args.options, int(middle), ctas)
+                    head["parts"] |= watched(contestants["ssd"], groups[0])
                 print("\n".join(report.mode_lines(head)), flush=True)
                 results.append(head)
     return dict(kind="speed", card=machine, runs=results)

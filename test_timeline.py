@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from errors import UserError
-from timeline import Span, Timeline, draw, hidden_share, outcomes, write_chrome_trace
+from timeline import Span, Timeline, draw, hidden_share, host_wait, outcomes, write_chrome_trace
 
 
 def rounds(missed=(), n=4):
@@ -26,6 +26,7 @@ def test_outcomes_and_hidden_share():
     assert [hit for _, hit in outcomes(rounds(missed=[1]))] == [True, False, True]
     assert hidden_share(rounds()) == pytest.approx(1) and hidden_share([]) == 0
     assert hidden_share(rounds(missed=[1])) == pytest.approx(16 / 21)
+    assert host_wait(rounds(missed=[0, 1])) == pytest.approx(.001) and host_wait(rounds(missed=[0, 1, 2])) == host_wait([]) == 0
     apart = [span._replace(round=span.round + 4, start=span.start + 1, end=span.end + 1) for span in rounds()]
     other_text = [span._replace(round=span.round + 1) for span in apart]
     assert len(outcomes(rounds() + apart)) == 7 and len(outcomes(rounds() + other_text)) == 6

@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -100,6 +101,13 @@ def hidden_share(spans):
         first = bisect.bisect(ends, span.start)
         hidden += sum(max(0.0, min(span.end, v.end) - max(span.start, v.start)) for v in verify[first:first + 3])
     return hidden / max(1e-9, sum(span.end - span.start for span in drafting))
+
+
+def host_wait(spans):
+    """Median seconds from the end of a join that hit to the verify that follows: the host's reading and launching."""
+    hits, verify = {at for at, hit in outcomes(spans) if hit}, [span.start for span in spans if span.name == "verify"]
+    waits = [verify[i] - at for at in hits if (i := bisect.bisect(verify, at)) < len(verify)]
+    return median(waits) if waits else 0.0
 
 
 def write_chrome_trace(spans, path):

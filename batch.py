@@ -31,6 +31,7 @@ class Options:
     saguaro_c: float = 1.0
     accept: str = "coupled"         # "coupled" | "residual"
     backup: str = "neural"          # "neural" | "fast" | "auto"
+    rests: bool = True              # whether SSD takes rounds of SD where outcomes can't be guessed (plan.Rest)
 
     def check(self):
         """Raise UserError if a value is out of range."""
@@ -187,7 +188,7 @@ class Batch:
         self.sources = ["neural"] * len(prompts)    # where each sequence's speculation came from
         self.kind = None                            # SSD: "hit", or the backup that this round waited for
         self.read_back, self.posted, self.read = ReadBack(depth=2), [], 0
-        self.replan_at = max(16, next_power_of_two(self.stats.rounds))      # see plan.time_to_replan
+        self.replan_at = max(16, power_of_two_above(self.stats.rounds))     # see plan.time_to_replan
         self.ahead = 1 if target.device.type == "cuda" else 0       # rounds that may run before their predecessor is read
 
     def sides(self, *wanted):
@@ -224,7 +225,8 @@ class Batch:
 
     def prefilled(self):
         if self.root.is_cuda:
-            torch.cuda.synchronize(self.root.device)                # what follows is decoding time
+            for side in self.pair:
+                torch.cuda.synchronize(side.model.device)           # what follows is decoding time
         self.last = time.perf_counter()
         self.stats.prefill_seconds += self.last - self.started
 
@@ -281,7 +283,7 @@ class Batch:
                 lookups.append(bool(hit))
             if stats.trace is not None:             # `accepted` is what was verified, `tokens` what was given out of it
                 stats.trace.append(dict(round=stats.rounds, sequence=self.live[row], source=source, accepted=k, node=node,
-                                        tested=k + rejected_one, tokens=new[:cut], lookup=bool(hit) if goes_on else None))
+                                        tested=k + rejected_one, tokens=new[:cut], lookup=bool(hit) if goes_on and found else None))
         if drafter is not None:
             stats.lookups += len(lookups)
             stats.hits += sum(lookups)
@@ -297,10 +299,11 @@ class Batch:
             self.last = now
         return chunks, hits
 
-    def start_round(self, hits, backup):
-        """Note where the speculations of the coming round come from, and what that round waits for."""
+    def start_round(self, hits, backup, prepared):
+        """Note where the speculations of the coming round come from, and what that round waits for. prepared: whether the draft
+        works ahead in it; a round of SD isn't timed."""
         self.sources = ["hit" if hit else backup for hit in hits]
-        self.kind = "hit" if all(hits) else backup
+        self.kind = None if not prepared else "hit" if all(hits) else backup
 
     def drop_finished(self, *parts):
         """Go on, in all parts, with the sequences that haven't ended: the others cost nothing any more.
@@ -318,7 +321,7 @@ class Batch:
         return rows
 
 
-def next_power_of_two(n):
+def power_of_two_above(n):
     return 1 << n.bit_length()
 
 

@@ -20,7 +20,6 @@ many is in the JSON). "First token" is what a user waits for: prompt processing 
 is the time in which a plain copy moves the bytes that one target step must read; "of ceiling" is that over ms per round.
 Figures are medians of repeats with [least..most]; modes take turns within a repeat, and a ratio is that of one repeat.
 """
-import contextlib
 import json
 import shlex
 import sys
@@ -33,9 +32,11 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
+import batch as batching
 from batch import Stats
 from errors import UserError, exit_on_user_error
 from generate import MODES, WEIGHTS, peak_memory
+from graphs import Graphs
 from kernels import tune as linears
 from measure import report
 from measure.flags import parse_flags
@@ -50,26 +51,11 @@ from timeline import Timeline, hidden_share, host_wait
 from tune import choose, cta_budgets, describe, find, usual_ctas
 
 COUNTED = "tokens", "seconds", "rounds", "sequence_rounds", "accepted", "tested", "hits", "lookups", "prefill_seconds"
-SETTLE = 3              # rounds at the start of a run that aren't timed: steps run uncompiled, then are recorded
+SETTLE = 3              # rounds at the start of a run that aren't timed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Speed: contestants take turns on the same prompts
-
-@contextlib.contextmanager
-def recordings():
-    """Counts the CUDA graphs recorded within: yields a Counter whose "graphs" goes up."""
-    plain, count = torch.cuda.CUDAGraph.capture_begin, Counter()
-
-    def counted(*args, **kwargs):
-        count["graphs"] += 1
-        return plain(*args, **kwargs)
-    torch.cuda.CUDAGraph.capture_begin = counted
-    try:
-        yield count
-    finally:
-        torch.cuda.CUDAGraph.capture_begin = plain
-
 
 class Contestant:
     """A mode with its options. Its Stats go on from run to run, so that plans made of them settle in the warm-up."""
@@ -84,33 +70,34 @@ class Contestant:
         if self.mode != "ar":
             models, options = [*models, self.pair.draft], (self.options,)
         counts = lambda: Counter({name: getattr(self.stats, name) for name in COUNTED})
-        kept, texts, ended, slow, before, began = Counter(), [[] for _ in group], False, 0, counts(), time.perf_counter()
-        with recordings() as recorded:
-            loop = MODES[self.mode](*models, group, self.new_tokens, self.sampling, *options, stop_ids=self.pair.stop_ids,
-                                    seeds=seeds, stats=self.stats)
-            for number, chunks in enumerate(loop):
-                if number == 0:
-                    kept["first"] = time.perf_counter() - began
-                    kept["prefill_seconds"] = self.stats.prefill_seconds - before["prefill_seconds"]
-                after, slow, earlier = counts(), recorded.pop("graphs", 0), slow
-                if number < SETTLE or slow or earlier:      # a loop runs a round ahead: the next one pays for a recording
-                    kept["left_out"] += 1
-                else:
-                    for name in COUNTED[:-1]:
-                        kept[name] += after[name] - before[name]
-                before = after
-                for chunk in chunks:
-                    texts[chunk.sequence] += chunk.tokens
-                    ended |= len(texts[chunk.sequence]) >= self.new_tokens or not self.pair.stop_ids.isdisjoint(chunk.tokens)
-                if ended:
-                    break
-            loop.close()
+        kept, texts, ended, before, began = Counter(), [[] for _ in group], False, counts(), time.perf_counter()
+        slow, earlier = Graphs.slow, True
+        loop = MODES[self.mode](*models, group, self.new_tokens, self.sampling, *options, stop_ids=self.pair.stop_ids,
+                                seeds=seeds, stats=self.stats)
+        for number, chunks in enumerate(loop):
+            if number == 0:
+                kept["first"] = time.perf_counter() - began
+                kept["prefill_seconds"] = self.stats.prefill_seconds - before["prefill_seconds"]
+            after, now, slow = counts(), Graphs.slow > slow, Graphs.slow
+            if number < SETTLE or now or earlier:           # a loop runs a round ahead: the next one pays for a slow step
+                kept["left_out"] += 1
+            else:
+                for name in COUNTED[:-1]:
+                    kept[name] += after[name] - before[name]
+            before, earlier = after, now
+            for chunk in chunks:
+                texts[chunk.sequence] += chunk.tokens
+                ended |= len(texts[chunk.sequence]) >= self.new_tokens or not self.pair.stop_ids.isdisjoint(chunk.tokens)
+            if ended:
+                break
+        loop.close()
         return kept, texts
 
 
 def compare(contestants, groups, repeats, device):
     """Let {label: contestant} take turns. Returns {label: [what was counted in each repeat]} and {label: texts}."""
     counted, texts = {label: [] for label in contestants}, {}
+    batching.IDLE = max(batching.IDLE, len(contestants))        # each keeps its graphs from turn to turn
     for repeat in range(-1, repeats):                           # -1 warms up: compiles, measures acceptance for the plans
         turn = max(repeat, 0) % len(contestants)
         for label in [*contestants][turn:] + [*contestants][:turn]:
@@ -241,11 +228,12 @@ def speed(args):
                 with synthetic(pair):
                     contestants = contestants_for(args, pair, groups[0], ctas)
                     counted, outputs = compare(contestants, groups, args.repeats, args.device)
+                    seen = watched(contestants["ssd"], groups[0]) if pair.draft is not None and size == 1 else None
                 head["modes"] = rows_of(contestants, counted, outputs, floor, groups)
                 if pair.draft is not None and size == 1 and args.options.tree is None:
                     stats = contestants["ssd"].stats
                     head["parts"], head["model"] = parts(pair, stats, args.sampling, args.options, int(middle), ctas)
-                    head["parts"] |= watched(contestants["ssd"], groups[0])
+                    head["parts"] |= seen
                 print("\n".join(report.mode_lines(head)), flush=True)
                 results.append(head)
     return dict(kind="speed", card=machine, runs=results)

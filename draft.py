@@ -120,7 +120,7 @@ class Drafter:
         self.spec.tokens[:, :1] = self.history.gather(1, self.prefix_len[:, None])
 
     layout = property(lambda self: self.now.layout)
-    tree = property(lambda self: self.layout.tree)          # a graph reads it: not one that is only equal to it
+    tree = property(lambda self: self.layout.tree)          # the very object that graphs were recorded with
     width = property(lambda self: self.layout.width)        # F: guesses kept per node
     spec = property(lambda self: self.now.spec)             # the Speculation of this round
     trunk = property(lambda self: self.spec.map(lambda x: x[:, None]))      # the same as one tree of R = 1
@@ -191,11 +191,11 @@ class Drafter:
 
     # -- drafting -----------------------------------------------------------------------------------------------------
 
-    def speculate(self, refeed=False):
-        """Draft a speculation just in time, into self.spec. refeed: True after a commit without a switch (SD): feed the
-        token before the root again, because a fully accepted speculation ends in a token the draft has never seen."""
+    def speculate(self, refeed=False, span="draft"):
+        """Draft a speculation just in time, into self.spec. refeed: True where the round before was one of SD: feed the token
+        before the root again, because a fully accepted speculation ends in a token the draft has never seen."""
         self.stats.draft_forwards += self.tree.depth
-        self.run("draft", self._speculate, refeed, None)
+        self.run(span, self._speculate, refeed, None)
 
     def _speculate(self, refeed, known):
         forwards, fed = self.layout.trunk, self.spec.tokens[:, :1]
@@ -225,17 +225,13 @@ class Drafter:
         self.grow(branches, roots, deeper)
         return SpeculationCache(layout.nodes, roots, branches)
 
-    def commit(self, verdict):
-        """Make the accepted path part of the prefix (SD)."""
-        self.run("commit", self._switch, cross(verdict, self.device), None)
-
-    def switch(self, verdict, cache):
+    def switch(self, verdict, cache=None):
         """Look the outcome up; commit the accepted path and, on a hit, the branch as the new trunk: one move of KV rows.
 
         The branch becomes self.spec (of those that missed only the root counts). Returns found [B, 2]: hit (0 or 1), branch.
-        cache: a SpeculationCache, or None where nothing was prepared; then this is `commit`, and returns None.
+        cache: a SpeculationCache; None (SD) if nothing was prepared: then only the path is committed, and found is None.
         """
-        return self.run("join", self._switch, cross(verdict, self.device), cache)
+        return self.run("commit" if cache is None else "join", self._switch, cross(verdict, self.device), cache)
 
     def _switch(self, verdict, cache):
         spec, outcomes = self.spec, cache and (cache.nodes, cache.roots, *cache.branches[:2])

@@ -29,7 +29,7 @@ MOST = 24               # graphs that a side keeps: a verify for each tree, a fe
 
 
 class Graphs:
-    """Calls functions of tensors, by CUDA graph where `on`; one is recorded the second time it is asked for.
+    """Calls methods of one object, functions of tensors, by CUDA graph where `on`; one is recorded the second time it is asked for.
 
     A function may read and write tensors that its owner keeps (KV cache, prefix lengths) in place. A graph reads its
     arguments (tensors, tuples of them, or constants) where they lay when it was recorded: the same tensors again cost
@@ -38,6 +38,8 @@ class Graphs:
     only while it is recorded. Every graph has memory of its own: in a shared pool the scratch space of one would lie over
     the results of another.
     """
+
+    slow = 0            # calls, of all Graphs, that weren't replays: steps that compile or are recorded take long
 
     def __init__(self, on, priority=0):
         """priority: of the kernels in the graphs; negative ones go first where two graphs wait for the same room."""
@@ -61,6 +63,7 @@ class Graphs:
             return results
         leaves = pytree.tree_leaves(args)
         key = (f.__func__, *(tuple(x.shape) if torch.is_tensor(x) else x for x in leaves))
+        Graphs.slow += not self.recorded.get(key)
         if key not in self.recorded:            # the first time as it is, but on the stream that will record: that compiles
             self.recorded[key] = None           # the kernels and makes what they keep for each stream
             current = torch.cuda.current_stream()
@@ -146,7 +149,7 @@ class Beside:
             self.pool.shutdown()
 
     def both(self, target, draft):
-        """Start target() on the caller's stream and, if it isn't None, draft() beside it; returns for each a function that
+        """Start target() on the caller's stream, and draft() beside it unless it is None; returns for each a function that
         joins and gives its result. The target's step goes first: it is launched in less time than the draft's many small
         kernels, and has more to do."""
         if draft is None:

@@ -6,7 +6,7 @@ Saguaro: Kumar, Dao, May, "Speculative Speculative Decoding", arXiv 2603.03251 (
 """
 import math
 
-from batch import next_power_of_two
+from batch import power_of_two_above
 from errors import UserError
 from tree import Tree
 
@@ -66,7 +66,7 @@ def critical_batch(p, e_hit, e_slow, e_fast, t_slow, t_fast):
 # The choices
 
 WORTHWHILE = 0.02       # more tokens a round, relatively, or more hits, for which a plan is changed: that costs a backup
-TRIED, HOPELESS = 16, 0.25      # after so many lookups with a lower hit rate, SSD's draft stops working ahead ...
+TRIED, HOPELESS = 16, 0.4       # where fewer of so many rounds found what had been prepared, SSD's draft rests ...
 REST = 64                       # ... for so many rounds, the next time for twice as many
 
 
@@ -106,7 +106,7 @@ def time_to_replan(options, batch):
     """Measured trees and fan-outs are renewed at rounds 16, 32, 64, ...: often while little is known."""
     if batch.stats.rounds < batch.replan_at:
         return False
-    batch.replan_at = next_power_of_two(batch.stats.rounds)
+    batch.replan_at = power_of_two_above(batch.stats.rounds)
     return options.fanout != "uniform" or isinstance(options.widths(), int)
 
 
@@ -125,22 +125,27 @@ def choose_backup(options, stats, batch_size):
 
 
 class Rest:
-    """Whether SSD's draft should work ahead. Where outcomes can't be guessed that only disturbs the target: a round is one of
-    SD then. It depends on counts, not on clocks, so that runs can be repeated."""
+    """Whether SSD's draft should prepare anything. Where outcomes can't be guessed that only disturbs the target: a round is one
+    of SD then. (An 8B target and a 135M draft on an H100 break even at half of the rounds.) It goes by counts, not by clocks, so
+    that runs can be repeated."""
 
-    def __init__(self, stats):
-        self.stats, self.left, self.next = stats, 0, REST
-        self.seen = stats.lookups, stats.hits
+    def __init__(self, allowed):
+        self.allowed, self.left, self.next, self.found, self.rounds = allowed, 0, REST, 0, 0
+
+    def count(self, hits, backup):
+        """A round has ended that the draft had prepared for: hits, one a sequence. For the neural backup everybody waits."""
+        self.found += all(hits) if backup == "neural" else sum(hits) / len(hits)
+        self.rounds += 1
+        if self.rounds == TRIED and self.allowed:
+            if self.found < HOPELESS * TRIED:
+                self.left, self.next = self.next, 2 * self.next
+            else:
+                self.next = REST
+            self.found = self.rounds = 0
 
     def over(self):
-        """Ask once a round."""
+        """Ask once for each round, beforehand."""
         if self.left:
             self.left -= 1
             return False
-        lookups, hits = self.stats.lookups - self.seen[0], self.stats.hits - self.seen[1]
-        if lookups >= TRIED:
-            self.seen = self.stats.lookups, self.stats.hits
-            if hits < HOPELESS * lookups:
-                self.left, self.next = self.next - 1, 2 * self.next
-                return False
         return True

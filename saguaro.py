@@ -106,22 +106,23 @@ class Target:
         """
         device = self.model.device
         with self.stats.span("verify", "target"), on(device):
-            step = self._verify_alone if alone else self._verify
+            squeezed = getattr(self.model, "ops", kernels.TORCH) not in (kernels.TORCH, kernels.TRITON)
+            step = self._verify_alone if alone and squeezed else self._verify
             return self.graphs(step, cross(tokens, device), cross(q, device), tree.on(device))
 
     def _verify(self, tokens, q, tree):
         start = self.prefix_len[:, None]
-        positions, ahead, slots = start + tree.rows[:, None]                                # [B, M+1] each
+        positions, following, slots = start + tree.rows[:, None]                            # [B, M+1] each
         hidden = self.model(tokens, positions, slots, self.prefix_len, tree.ancestors, self.cache)
         if not self.residual:
-            own = self.sampler.choose(self.model, hidden, ahead, 1)[..., 0]
+            own = self.sampler.choose(self.model, hidden, following, 1)[..., 0]
             verdict = accept_coupled(tokens, tree, own)
         else:
             p = self.sampler.tempered(self.model.logits(hidden)).softmax(-1)                # [B, M+1, V]
-            ahead = start + 1 + torch.arange(tree.depth + 1, device=start.device)           # of each depth
+            following = start + 1 + torch.arange(tree.depth + 1, device=start.device)       # of each depth
             vocab, ranks = (torch.arange(n, device=start.device) for n in (p.shape[-1], tree.children.shape[1]))
-            coins = kernels.uniform(self.sampler.seeds, ACCEPT, ahead[:, :-1], ranks)
-            noise = self.sampler.noise(TARGET, ahead, vocab)
+            coins = kernels.uniform(self.sampler.seeds, ACCEPT, following[:, :-1], ranks)
+            noise = self.sampler.noise(TARGET, following, vocab)
             verdict = accept_residual(tokens, tree, p, q, coins, noise)
         report, src, dst = kernels.ops_for(tokens).settle(tokens, tree.parent, *verdict, self.prefix_len)
         if tree.depth:                                                      # else the root stands where it belongs
@@ -129,11 +130,8 @@ class Target:
         return verdict, report
 
     def _verify_alone(self, *args):
-        """_verify by kernels that leave no room for a draft, whatever the model is set to."""
-        ops = getattr(self.model, "ops", kernels.TORCH)
-        if ops is kernels.TORCH:
-            return self._verify(*args)
-        self.model.ops = kernels.TRITON
+        """_verify by kernels that leave no room for a draft."""
+        ops, self.model.ops = self.model.ops, kernels.TRITON
         try:
             return self._verify(*args)
         finally:
@@ -152,7 +150,7 @@ class Target:
 # Chunks that the round produced. A stop id ends its sequence and is given out. seeds: one per sequence, by default
 # sampling.seed for all, so that a prompt's text is the same alone and in a batch. stats: a Stats to fill in.
 #
-# A GPU must never wait for Python: AR and SD start a round before they read the last one's outcome, SSD reads it (it must
+# A GPU should hardly ever wait for Python: AR and SD start a round before they read the last one's outcome, SSD reads it (it must
 # know who missed), starts the next round and only then hands out the text.
 
 @torch.inference_mode()
@@ -187,7 +185,7 @@ def sd(target_model, draft_model, prompts, max_new_tokens, sampling, options, st
     while batch.live:
         drafter.speculate(refeed)
         verdict, report = target.verify(drafter.spec.tokens, drafter.spec.q, tree)
-        drafter.commit(verdict)
+        drafter.switch(verdict)
         batch.post(report)
         refeed = True
         yield from batch.outcomes(tree)
@@ -216,41 +214,42 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
     drafter.plan(tree, fan)
     batch.prefilled()
     drafter.speculate()                                                 # round 1: the speculation cache is empty
-    glue, chunks, rest = False, None, Rest(batch.stats)
+    glue, works, chunks, rest = False, True, None, Rest(options.rests)
     with Beside(draft_model.device) as beside:
         while True:
-            ahead = rest.over()                                         # else outcomes are beyond guessing: a round of SD
-            verify = partial(target.verify, drafter.spec.tokens, drafter.spec.q, tree, alone=not ahead)
+            verify = partial(target.verify, drafter.spec.tokens, drafter.spec.q, tree, alone=not works)
             precompute = partial(drafter.precompute, glue)              # guess the outcomes, draft for each of them
-            verified, drafted = beside.both(verify, precompute if ahead else None)
+            verified, drafted = beside.both(verify, precompute if works else None)
             if chunks:
                 yield chunks                                            # while both work, the caller gets the last text
             verdict, report = verified()
             found = drafter.switch(verdict, drafted())
             batch.post(report, found)
-            chunks, hits = batch.finish_round(tree, drafter if ahead else None)
+            chunks, hits = batch.finish_round(tree, drafter if works else None)
             if batch.read == 1:                                     # at once: the next round has graphs to record first
                 yield chunks
                 chunks = None
             if (rows := batch.drop_finished(target, drafter)) is not None:
                 if not rows:
                     break
-                found, hits = found[rows] if ahead else None, [hits[row] for row in rows]
-            backup = choose_backup(options, batch.stats, len(batch.live))
-            plan = old = tree, fan
-            if time_to_replan(options, batch):
-                plan = make_plan(options, batch.stats, draft_model, old)
-            if plan != old:
+                found, hits = found[rows] if works else None, [hits[row] for row in rows]
+            backup, worked = choose_backup(options, batch.stats, len(batch.live)), works
+            if worked:
+                rest.count(hits, backup)
+            works = rest.over()                                         # else the coming round is one of SD
+            plan = make_plan(options, batch.stats, draft_model, (tree, fan)) if time_to_replan(options, batch) else (tree, fan)
+            if replanned := plan != (tree, fan):
                 tree, fan = plan
                 drafter.plan(tree, fan)
                 batch.stats.stops.clear()
-            if plan != old or not ahead:                                # what was drafted is for the old plan, or nothing was
-                drafter.speculate(refeed=not ahead)
+            if replanned or not worked:                             # what was drafted is for the old plan, or nothing was
+                drafter.speculate(refeed=not worked, span="miss" if worked else "draft")
                 hits, backup = [False] * len(hits), "neural"
             elif not all(hits):                                         # those that missed need a speculation now
+                backup = backup if works else "neural"
                 drafter.fall_back(backup, found)
             glue = not all(hits) and backup == "fast"
-            batch.start_round(hits, backup)
+            batch.start_round(hits, backup, works)
     batch.close()
     if chunks:
         yield chunks

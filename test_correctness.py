@@ -33,6 +33,7 @@ from model import KVCache, Llama, LlamaConfig, prefill
 from plan import critical_batch, expected_speedup, fan_out
 from sampling import Sampler, Sampling, saguaro_probs
 from saguaro import Options, Stats, Target
+from timeline import Timeline, outcomes
 from tokenizer import Tokenizer
 from tree import Tree
 
@@ -374,6 +375,19 @@ def test_hopeless_draft(loop, accept, temperature, tree):
     assert stats.tokens == stats.tested == 18
 
 
+def test_when_to_rest():
+    """Where everybody waits for the neural backup a round counts as found if all sequences hit; else their share counts."""
+    def rounds_of_sd(rest, hits, backup, n=plan.TRIED):
+        for _ in range(n):
+            rest.count(hits, backup)
+        return next(i for i in itertools.count() if rest.over())
+    rest = plan.Rest(True)
+    assert [rounds_of_sd(rest, [True, False], "neural") for _ in range(3)] == [64, 128, 256]
+    assert rounds_of_sd(rest, [True, False], "fast") == 0 and rounds_of_sd(rest, [True, False], "neural") == 64
+    assert rounds_of_sd(rest, [False], "neural", 15) == 0 and rounds_of_sd(rest, [True], "neural", 1) == 128
+    assert rounds_of_sd(plan.Rest(False), [False], "neural") == 0
+
+
 @pytest.mark.parametrize("accept, temperature", (("coupled", 0.0), ("residual", 1.0)))
 def test_a_hopeless_draft_rests(accept, temperature, monkeypatch):
     """SSD becomes SD where no outcome is guessed: for 64 rounds, then for 128, ...; where all are, the draft never rests."""
@@ -390,6 +404,10 @@ def test_a_hopeless_draft_rests(accept, temperature, monkeypatch):
     stats = run(saguaro.ssd, (target, draft), [[1, 2, 3]], 300, Sampling(temperature, seed=1), options)[1]
     assert stats.rounds == 300 and ahead == [*range(16), *range(80, 96), *range(224, 240)]
     assert stats.draft_forwards == 3 * 300 + 4 * 48                         # K for each speculation, K + 1 ahead
+    stats = Stats(timeline=Timeline())
+    for _ in saguaro.ssd(target, draft, [[1, 2, 3]], 100, Sampling(temperature, seed=1), options, stats=stats):
+        pass
+    assert [hit for _, hit in outcomes(stats.timeline.spans())] == [False] * 32     # a round of SD looks nothing up
     ahead.clear()
     if accept == "coupled":
         stats = run(saguaro.ssd, (target, target), [[1, 2, 3]], 300, Sampling(temperature, seed=1), options)[1]
@@ -478,7 +496,7 @@ def test_bad_models_and_prompts():
 ))
 def test_stats_are_what_the_trace_says(sampling, options, monkeypatch):
     """Watch the verifies, the lookups and the draft's forwards of a run and count everything again."""
-    models = PAIRS["perturbed"]()
+    models, options = PAIRS["perturbed"](), dataclasses.replace(options, rests=False)
     verified, found, forwards, planned = [], [], [0], set()
     verify, switch, fill, plan = Target.verify, Drafter.switch, draft_side.prefill, Drafter.plan
 
@@ -779,8 +797,9 @@ def test_a_graph_knows_its_arguments(empty_graphs):
         assert empty_graphs(double, x, True) is result and a == x
     assert empty_graphs(double, a[:], True) is result and a == b            # another view of the same place
     assert empty_graphs.replayed == 7 and len(empty_graphs.known) == 2
+    before = Graphs.slow
     empty_graphs.clear()
-    assert empty_graphs(double, b, True) == 2 * b and empty_graphs.replayed == 7
+    assert empty_graphs(double, b, True) == 2 * b and empty_graphs.replayed == 7 and Graphs.slow == before + 1
 
 
 def test_leaving_early_and_failing(monkeypatch):

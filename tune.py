@@ -2,9 +2,9 @@
 
 A round of B sequences yields B E tokens, E the expected number of accepted tokens plus one, and takes
 
-    ar     verify(1)                                                                                + extra_ar
-    sd     verify(M+1) + K forwards of the draft                                                    + extra_sd
-    ssd    together(verify(M+1), K+1 forwards with N branches) + (1 - p^B) K forwards of the backup  + extra_ssd
+    ar     verify(1)                                                                                    + extra_ar
+    sd     verify(M+1) + K forwards of the draft                                                        + extra_sd
+    ssd    together(verify(M+1), a forward and K with N branches) + (1 - p^B) K forwards of the backup  + extra_ssd
 
 (Theorem 7 of the paper, in seconds). verify and forwards are measured for a few widths. together(a, b) is
 max(a, b) + (1 - e) min(a, b), where e, how much of the shorter one disappears beside the longer one, is measured once for each
@@ -96,7 +96,7 @@ def interpolate(points, x):
 # Measuring
 
 def cta_budgets(model):
-    """Programs to hold a target's linears to: one a multiprocessor (see kernels.launch.Launch). None without our kernels."""
+    """Programs to hold a target's linears to: one a multiprocessor (see kernels.launch.Launch). Empty without our kernels."""
     return [] if model.ops is TORCH else [torch.cuda.get_device_properties(model.device).multi_processor_count]
 
 

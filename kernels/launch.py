@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 PREFETCH = 64 << 10                     # bytes of weights that a waiting program fetches into L2
-SHARED_MEMORY = 200e3, 96e3             # bytes of tiles in flight that surely fit: on a Hopper GPU, on any other
-AHEAD, BESIDE = 48 << 10, 8 << 10       # weights in flight, and fetched while waiting, where another model needs room
+SHARED_MEMORY = 200e3, 84e3             # bytes of tiles in flight that fit beside 16 KB for the end: on a Hopper GPU, on any other
+IN_FLIGHT, FETCHED = 48 << 10, 8 << 10  # where another model needs room: weights in flight, and fetched while waiting
 MAX_ROWS = 128                          # rows of x that the skinny kernels take; above that, cuBLAS is the right tool
 
 
@@ -89,9 +89,9 @@ def blocks_for(N, K, rows=1, int8=False):
 class Launch:
     """Shapes, block shapes, grid and launch options of one skinny linear: x [..., K] with M rows, w [N, K] or Int8Weight.
 
-    most: the largest BN that fits. ctas: None, or for a model that shares the GPU, programs to launch where there is work
-    for two of each: they then loop. Each keeps few bytes in flight, too: what the other model asks the memory for waits
-    behind all that this one has asked for.
+    most: the largest BN that fits. ctas: None, or, beside another model, how many programs to launch where there is work for twice
+    as many; they then loop. Each keeps few bytes in flight, too: what the other model asks the memory for waits behind all that
+    this one has asked for.
     """
 
     def __init__(self, x, w, most=1 << 30, ctas=None):
@@ -102,17 +102,17 @@ class Launch:
         self.BM = max(16, triton.next_power_of_2(self.M))
         self.BN, self.BK, stages, warps, self.SPLIT = blocks_for(self.N, self.K, self.M, self.INT8)
         self.BN = min(self.BN, most)
-        self.blocks, ahead = triton.cdiv(self.N, self.BN), PREFETCH
+        self.blocks, fetch = triton.cdiv(self.N, self.BN), PREFETCH
         programs = self.blocks * self.SPLIT
         if ctas is not None:
-            programs, ahead = programs if programs < 2 * ctas else ctas, BESIDE
-            stages = min(stages, 1 + max(2, AHEAD // (self.BN * self.BK * self.weight.element_size())))
+            programs, fetch = programs if programs < 2 * ctas else ctas, FETCHED
+            stages = min(stages, 1 + max(2, IN_FLIGHT // (self.BN * self.BK * self.weight.element_size())))
         # More rows need more shared memory. What gives way is what rounding doesn't see: SPLIT stays.
-        tile = lambda: (self.BN * self.weight.element_size() + 2 * self.BM * x.element_size()) * self.BK
+        tile = lambda: (self.BN * self.weight.element_size() + self.BM * x.element_size()) * self.BK
         while tile() * stages > SHARED_MEMORY[not is_hopper()] and (stages > 2 or self.BK > 32):
             stages, self.BK = (stages - 1, self.BK) if stages > 2 else (stages, self.BK // 2)
         self.grid = (programs,)
-        self.options = dict(PREFETCH=ahead, PDL=pdl(x.device), num_warps=warps, num_stages=stages, **launch_options(x.device))
+        self.options = dict(PREFETCH=fetch, PDL=pdl(x.device), num_warps=warps, num_stages=stages, **launch_options(x.device))
 
     def scratch(self):
         """Partial tiles and arrival counters of split-K."""

@@ -168,9 +168,9 @@ def tree_attention_kernel(q_ptr, k_ptr, v_ptr, prefix_ptr, slot_ptr, count_ptr, 
             g = tl.arange(0, TAIL_ROWS)
             row = ((b * T + t) * KV + h) * G + g
             live = g < G                                                    # the rows are one token's heads
-            ahead = n - prefix % BLOCK                                      # [BLOCK] place among its speculative slots
-            slot = tl.load(slot_ptr + t * A + ahead, mask=(ahead >= 0) & (n < keys), other=0)
-            slot = prefix + tl.where(ahead < 0, ahead, slot)
+            place = n - prefix % BLOCK                                      # [BLOCK] among its speculative slots
+            slot = tl.load(slot_ptr + t * A + place, mask=(place >= 0) & (n < keys), other=0)
+            slot = prefix + tl.where(place < 0, place, slot)
             wait_for_inputs(PDL)
             q = tl.load(q_ptr + row[:, None] * D + d[None, :], mask=live[:, None], other=0.0)
             for j in range(tl.cdiv(keys, BLOCK)):                           # nearly always a single unit
@@ -179,13 +179,13 @@ def tree_attention_kernel(q_ptr, k_ptr, v_ptr, prefix_ptr, slot_ptr, count_ptr, 
                 v = tl.load(v_ptr + slot[:, None] * D + d[None, :], mask=(n < left)[:, None], other=0.0)
                 top, mass, acc = attend(q, k, v, left, scale, BLOCK)
                 save(stat_ptr, part_ptr, row * (splits + tails) + splits + j, live, top, mass, acc, d)
-                ahead += BLOCK
-                slot = prefix + tl.load(slot_ptr + t * A + ahead, mask=n < left - BLOCK, other=0)
+                place += BLOCK
+                slot = prefix + tl.load(slot_ptr + t * A + place, mask=n < left - BLOCK, other=0)
 
 
 @triton.jit
 def partial(stat_ptr, part_ptr, at, there, d):
-    """What `save` left at `at` [SPLITS], absent where it is not `there`."""
+    """What `save` left at `at` [CHUNK], absent where it is not `there`."""
     top = tl.load(stat_ptr + at * 2, mask=there, other=float("-inf"))
     mass = tl.load(stat_ptr + at * 2 + 1, mask=there, other=0.0)
     acc = tl.load(part_ptr + at[:, None] * d.shape[0] + d[None, :], mask=there[:, None], other=0.0)

@@ -79,8 +79,8 @@ def mode_lines(head):
         p, m = head["parts"], head["model"]
         lines.append(f"Parts of a round, each alone: target step {1e3 * p['ar']:.3f} ms, verify of {p['k'] + 1} "
                      f"{1e3 * p['verify']:.3f} ms, draft step {1e3 * p['draft']:.3f} ms, with {p['budget']} branches "
-                     f"{1e3 * p['branches']:.3f} ms; verify beside {p['k'] + 1} of these {1e3 * p['together']:.3f} ms. The speedup "
-                     f"model makes sd {m['sd']:.2f} x ar and ssd {m['ssd']:.2f} x ar of that.\n")
+                     f"{1e3 * p['branches']:.3f} ms; verify beside one of the former and {p['k']} of these "
+                     f"{1e3 * p['together']:.3f} ms. The speedup model makes sd {m['sd']:.2f} x ar and ssd {m['ssd']:.2f} x ar of that.\n")
     if "host" in head.get("parts", ()):
         lines.append(f"In the loop, watched: {p['hidden']:.0%} of the draft's time hidden behind the verify; after a hit the target "
                      f"waits {1e3 * p['host']:.3f} ms for the host.\n")

@@ -17,13 +17,13 @@ def configurations(small):
             if temperature or accept == "coupled":
                 name = accept if accept == "coupled" else f"residual, C = {c}"
                 yield ("accept", f"T = {temperature}, {name}", Sampling(temperature),
-                       Options(accept=accept, saguaro_c=c), ssd)
+                       Options(accept=accept, saguaro_c=c, rests=False), ssd)
     for temperature in (0.0, 1.0):
         for budget in (8, 16, 32):
             for fanout in ("uniform", "geometric", "auto"):
                 if not small or budget == 16:
                     yield ("fan-out", f"T = {temperature}, budget {budget}, {fanout}", Sampling(temperature),
-                           Options(fanout=fanout, fanout_budget=budget), ssd)
+                           Options(fanout=fanout, fanout_budget=budget, rests=False), ssd)
     for k in (2, 4, 6, 8):
         yield "speculation", f"chain, K = {k}", Sampling(), Options(k=k), sd
     for nodes in (8, 16, 32, 64):

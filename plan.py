@@ -130,7 +130,12 @@ class Rest:
     that runs can be repeated."""
 
     def __init__(self, allowed):
-        self.allowed, self.left, self.next, self.found, self.rounds = allowed, 0, REST, 0, 0
+        self.allowed, self.left, self.next = allowed, 0, REST
+        self.new_plan()
+
+    def new_plan(self):
+        """What the old one found says nothing any more: the first is a guess, and its fan-out may be at the wrong places."""
+        self.found = self.rounds = 0
 
     def count(self, hits, backup):
         """A round has ended that the draft had prepared for: hits, one a sequence. For the neural backup everybody waits."""
@@ -141,7 +146,7 @@ class Rest:
                 self.left, self.next = self.next, 2 * self.next
             else:
                 self.next = REST
-            self.found = self.rounds = 0
+            self.new_plan()
 
     def over(self):
         """Ask once for each round, beforehand."""

@@ -233,15 +233,17 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
                 if not rows:
                     break
                 found, hits = found[rows] if works else None, [hits[row] for row in rows]
-            backup, worked = choose_backup(options, batch.stats, len(batch.live)), works
-            if worked:
-                rest.count(hits, backup)
-            works = rest.over()                                         # else the coming round is one of SD
-            plan = make_plan(options, batch.stats, draft_model, (tree, fan)) if time_to_replan(options, batch) else (tree, fan)
+            backup, worked, plan = choose_backup(options, batch.stats, len(batch.live)), works, (tree, fan)
+            if time_to_replan(options, batch):
+                plan = make_plan(options, batch.stats, draft_model, plan)
             if replanned := plan != (tree, fan):
                 tree, fan = plan
                 drafter.plan(tree, fan)
                 batch.stats.stops.clear()
+                rest.new_plan()
+            elif worked:
+                rest.count(hits, backup)
+            works = rest.over()                                         # else the coming round is one of SD
             if replanned or not worked:                             # what was drafted is for the old plan, or nothing was
                 drafter.speculate(refeed=not worked, span="miss" if worked else "draft")
                 hits, backup = [False] * len(hits), "neural"

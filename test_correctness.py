@@ -386,13 +386,18 @@ def test_when_to_rest():
     assert rounds_of_sd(rest, [True, False], "fast") == 0 and rounds_of_sd(rest, [True, False], "neural") == 64
     assert rounds_of_sd(rest, [False], "neural", 15) == 0 and rounds_of_sd(rest, [True], "neural", 1) == 128
     assert rounds_of_sd(plan.Rest(False), [False], "neural") == 0
+    rest = plan.Rest(True)
+    assert rounds_of_sd(rest, [False], "neural", 15) == 0
+    rest.new_plan()
+    assert rounds_of_sd(rest, [False], "neural", 15) == 0 and rounds_of_sd(rest, [False], "neural", 1) == 64
 
 
 @pytest.mark.parametrize("accept, temperature", (("coupled", 0.0), ("residual", 1.0)))
 def test_a_hopeless_draft_rests(accept, temperature, monkeypatch):
     """SSD becomes SD where no outcome is guessed: for 64 rounds, then for 128, ...; where all are, the draft never rests."""
     from test_tables import TableModel
-    ahead, precompute, options = [], Drafter.precompute, Options(k=3, accept=accept, fanout_budget=4)
+    ahead, precompute = [], Drafter.precompute
+    options = Options(k=3, accept=accept, fanout="uniform", fanout_budget=4)
 
     def watch(self, glue=False):
         ahead.append(self.stats.started)

@@ -692,9 +692,11 @@ def played_graphs(monkeypatch):
     return events
 
 
-def test_requests_that_share_graphs(played_graphs):
-    """Requests one after the other, some left early, take over each other's graphs; the texts are those of plain decoding."""
+def test_requests_that_share_graphs(played_graphs, monkeypatch):
+    """Requests one after the other, some left early, some with rests, take over each other's graphs; the texts are those of
+    plain decoding."""
     models, rng = PAIRS["perturbed"](), random.Random(1)
+    monkeypatch.setattr(plan, "TRIED", 3), monkeypatch.setattr(plan, "REST", 2)
     ways = [Options(k=3, fanout="uniform"), Options(k=3), Options(k=3, tree="6"), Options(k=3, backup="fast"),
             Options(k=3, tree="2,1,1", fanout="auto", backup="fast")]
     for _ in range(60):
@@ -702,6 +704,7 @@ def test_requests_that_share_graphs(played_graphs):
         prompts = [[rng.randrange(1, 60) for _ in range(rng.choice([1, 3, 6]))] for _ in range(size)]
         request = prompts, [rng.choice([1, 2, 5, 20, 45]) for _ in range(size)], sampling
         models[0].__dict__.pop("idle", None) if rng.random() < 0.1 else None
+        monkeypatch.setattr(plan, "HOPELESS", rng.choice((0, 2)))           # never, or always
         loop = rng.choice([saguaro.autoregressive, saguaro.sd, saguaro.ssd, saguaro.ssd])
         options, last = (None if loop is saguaro.autoregressive else rng.choice(ways)), rng.choice([None, None, None, 3])
         text = plain_texts(*request)

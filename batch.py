@@ -256,6 +256,7 @@ class Batch:
         self.read += 1
         with stats.span("read-back", "host", stats.rounds):
             report, found = (*self.posted.pop(0)(), None)[:2]
+        drafter = drafter if found else None                                # a round of SD: nothing was looked up
         chunks, hits, lookups = [], [], []
         for row, line in enumerate(report):
             hit, branch = found[row] if found else (0, 0)
@@ -283,7 +284,7 @@ class Batch:
                 lookups.append(bool(hit))
             if stats.trace is not None:             # `accepted` is what was verified, `tokens` what was given out of it
                 stats.trace.append(dict(round=stats.rounds, sequence=self.live[row], source=source, accepted=k, node=node,
-                                        tested=k + rejected_one, tokens=new[:cut], lookup=bool(hit) if goes_on and found else None))
+                                        tested=k + rejected_one, tokens=new[:cut], lookup=bool(hit) if goes_on and drafter else None))
         if drafter is not None:
             stats.lookups += len(lookups)
             stats.hits += sum(lookups)

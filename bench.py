@@ -15,8 +15,8 @@
     python bench.py --report                                    README's tables and plots from results/*.json
 
 A token is one that was given out: accepted drafted tokens and the target's own, not the prompt. tok/s is decoding alone, all
-sequences of a batch together; the first rounds of a run and those in which a CUDA graph was recorded are left out of it (how
-many is in the JSON). "First token" is what a user waits for: prompt processing of both models and a first round. The ceiling
+sequences of a batch together; the first rounds of a run and those around a step that wasn't the replay of a CUDA graph are left out
+of it (how many is in the JSON). "First token" is what a user waits for: prompt processing of both models and a first round. The ceiling
 is the time in which a plain copy moves the bytes that one target step must read; "of ceiling" is that over ms per round.
 Figures are medians of repeats with [least..most]; modes take turns within a repeat, and a ratio is that of one repeat.
 """
@@ -228,9 +228,10 @@ def speed(args):
                 with synthetic(pair):
                     contestants = contestants_for(args, pair, groups[0], ctas)
                     counted, outputs = compare(contestants, groups, args.repeats, args.device)
-                    seen = watched(contestants["ssd"], groups[0]) if pair.draft is not None and size == 1 else None
+                    apart = pair.draft is not None and size == 1 and args.options.tree is None
+                    seen = watched(contestants["ssd"], groups[0]) if apart else {}
                 head["modes"] = rows_of(contestants, counted, outputs, floor, groups)
-                if pair.draft is not None and size == 1 and args.options.tree is None:
+                if apart:
                     stats = contestants["ssd"].stats
                     head["parts"], head["model"] = parts(pair, stats, args.sampling, args.options, int(middle), ctas)
                     head["parts"] |= seen

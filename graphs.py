@@ -29,7 +29,8 @@ MOST = 24               # graphs that a side keeps: a verify for each tree, a fe
 
 
 class Graphs:
-    """Calls methods of one object, functions of tensors, by CUDA graph where `on`; one is recorded the second time it is asked for.
+    """Calls methods of one object, functions of tensors, by CUDA graph where `on`; one is recorded the second time it is
+    asked for.
 
     A function may read and write tensors that its owner keeps (KV cache, prefix lengths) in place. A graph reads its
     arguments (tensors, tuples of them, or constants) where they lay when it was recorded: the same tensors again cost

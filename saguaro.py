@@ -106,8 +106,8 @@ class Target:
         """
         device = self.model.device
         with self.stats.span("verify", "target"), on(device):
-            squeezed = getattr(self.model, "ops", kernels.TORCH) not in (kernels.TORCH, kernels.TRITON)
-            step = self._verify_alone if alone and squeezed else self._verify
+            squeezed = alone and getattr(self.model, "ops", kernels.TORCH) not in (kernels.TORCH, kernels.TRITON)
+            step = self._verify_alone if squeezed else self._verify
             return self.graphs(step, cross(tokens, device), cross(q, device), tree.on(device))
 
     def _verify(self, tokens, q, tree):
@@ -150,8 +150,8 @@ class Target:
 # Chunks that the round produced. A stop id ends its sequence and is given out. seeds: one per sequence, by default
 # sampling.seed for all, so that a prompt's text is the same alone and in a batch. stats: a Stats to fill in.
 #
-# A GPU should hardly ever wait for Python: AR and SD start a round before they read the last one's outcome, SSD reads it (it must
-# know who missed), starts the next round and only then hands out the text.
+# A GPU should hardly ever wait for Python: AR and SD start a round before they read the last one's outcome, SSD reads it
+# (it must know who missed), starts the next round and only then hands out the text.
 
 @torch.inference_mode()
 def autoregressive(target_model, prompts, max_new_tokens, sampling, stop_ids=(), seeds=None, stats=None):
@@ -225,15 +225,15 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
             verdict, report = verified()
             found = drafter.switch(verdict, drafted())
             batch.post(report, found)
-            chunks, hits = batch.finish_round(tree, drafter if works else None)
+            chunks, hits = batch.finish_round(tree, drafter)
             if batch.read == 1:                                     # at once: the next round has graphs to record first
                 yield chunks
                 chunks = None
             if (rows := batch.drop_finished(target, drafter)) is not None:
                 if not rows:
                     break
-                found, hits = found[rows] if works else None, [hits[row] for row in rows]
-            backup, worked, plan = choose_backup(options, batch.stats, len(batch.live)), works, (tree, fan)
+                found, hits = None if found is None else found[rows], [hits[row] for row in rows]
+            backup, plan = choose_backup(options, batch.stats, len(batch.live)), (tree, fan)
             if time_to_replan(options, batch):
                 plan = make_plan(options, batch.stats, draft_model, plan)
             if replanned := plan != (tree, fan):
@@ -241,11 +241,11 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
                 drafter.plan(tree, fan)
                 batch.stats.stops.clear()
                 rest.new_plan()
-            elif worked:
+            elif found is not None:
                 rest.count(hits, backup)
             works = rest.over()                                         # else the coming round is one of SD
-            if replanned or not worked:                             # what was drafted is for the old plan, or nothing was
-                drafter.speculate(refeed=not worked, span="miss" if worked else "draft")
+            if replanned or found is None:                          # what was drafted is for the old plan, or nothing was
+                drafter.speculate(refeed=found is None, span="draft" if found is None else "miss")
                 hits, backup = [False] * len(hits), "neural"
             elif not all(hits):                                         # those that missed need a speculation now
                 backup = backup if works else "neural"

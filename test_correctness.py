@@ -360,16 +360,20 @@ def test_draft_is_target(loop, accept, temperature):
         assert stats.hit_rate > 0.9
 
 
+def hopeless_pair():
+    """A target that only takes even tokens, a draft that only proposes odd ones."""
+    from test_tables import TableModel
+    even = (torch.arange(20, device=DEVICE) % 2 == 0).float() * 200
+    ramp = torch.arange(20, device=DEVICE) * 0.1
+    return [TableModel((x + ramp).expand(2, 20, 20)) for x in (even, -even)]
+
+
 @BOTH
 @pytest.mark.parametrize("accept, temperature", (("coupled", 0.0), ("coupled", 1.0), ("residual", 1.0)))
 @pytest.mark.parametrize("tree", (None, "3,2"))
 def test_hopeless_draft(loop, accept, temperature, tree):
     """The draft only proposes tokens that the target never takes: a round yields its bonus token and no more."""
-    from test_tables import TableModel
-    even = (torch.arange(20, device=DEVICE) % 2 == 0).float() * 200
-    ramp = torch.arange(20, device=DEVICE) * 0.1
-    target, draft = (TableModel((x + ramp).expand(2, 20, 20)) for x in (even, -even))
-    stats = run(loop, (target, draft), [[1, 2, 3], [4]], 9, Sampling(temperature, seed=1),
+    stats = run(loop, hopeless_pair(), [[1, 2, 3], [4]], 9, Sampling(temperature, seed=1),
                 Options(k=3, tree=tree, accept=accept))[1]
     assert stats.tokens_per_round == 1 and stats.accepted == 0 and stats.acceptance_rate == 0
     assert stats.tokens == stats.tested == 18
@@ -395,7 +399,6 @@ def test_when_to_rest():
 @pytest.mark.parametrize("accept, temperature", (("coupled", 0.0), ("residual", 1.0)))
 def test_a_hopeless_draft_rests(accept, temperature, monkeypatch):
     """SSD becomes SD where no outcome is guessed: for 64 rounds, then for 128, ...; where all are, the draft never rests."""
-    from test_tables import TableModel
     ahead, precompute = [], Drafter.precompute
     options = Options(k=3, accept=accept, fanout="uniform", fanout_budget=4)
 
@@ -403,9 +406,7 @@ def test_a_hopeless_draft_rests(accept, temperature, monkeypatch):
         ahead.append(self.stats.started)
         return precompute(self, glue)
     monkeypatch.setattr(Drafter, "precompute", watch)
-    even = (torch.arange(20, device=DEVICE) % 2 == 0).float() * 200
-    ramp = torch.arange(20, device=DEVICE) * 0.1
-    target, draft = (TableModel((x + ramp).expand(2, 20, 20)) for x in (even, -even))
+    target, draft = hopeless_pair()
     stats = run(saguaro.ssd, (target, draft), [[1, 2, 3]], 300, Sampling(temperature, seed=1), options)[1]
     assert stats.rounds == 300 and ahead == [*range(16), *range(80, 96), *range(224, 240)]
     assert stats.draft_forwards == 3 * 300 + 4 * 48                         # K for each speculation, K + 1 ahead
@@ -747,7 +748,7 @@ def test_a_finished_request_leaves_its_sides_alone(monkeypatch):
     """The next request may have taken them over before the first one is asked whether there is more."""
     models, options, first, second = PAIRS["perturbed"](), Options(k=3, tree="6"), Stats(), Stats(trace=[])
     monkeypatch.setattr(saguaro, "time_to_replan", lambda options, batch: batch.stats is first)
-    monkeypatch.setattr(plan, "WORTHWHILE", -1.0)                        # a new plan each time
+    monkeypatch.setattr(plan, "WORTHWHILE", -1.0)                           # a new plan each time
     request = [[4, 5, 6]], 40, Sampling()
     text, expected, _ = run(saguaro.sd, models, *request, options)
     early = saguaro.sd(*models, [[1, 2, 3]], 20, Sampling(), options, stats=first)

@@ -78,18 +78,24 @@ class Timeline:
                        for name, lane, round, start, end in self.marks), key=lambda span: span.start)
 
 
-def outcomes(spans):
-    """(when, whether it hit) of every join of SSD that another verify followed: a miss is what a backup had to answer."""
+def joins(spans):
+    """(when it ended, whether it hit, when the next verify began) of every join of SSD that another verify followed: a miss is
+    what a backup had to answer."""
     found, join, missed = [], None, False
     for span in spans:
         if span.name == "verify":
             if join is not None and span.round <= join.round + 1:
-                found.append((join.end, not missed))
+                found.append((join.end, not missed, span.start))
             join = None
         elif span.name == "join":
             join, missed = span, False
         missed = missed or span.name == "miss"
     return found
+
+
+def outcomes(spans):
+    """(when, whether it hit) of those joins."""
+    return [(at, hit) for at, hit, _ in joins(spans)]
 
 
 def hidden_share(spans):
@@ -105,9 +111,7 @@ def hidden_share(spans):
 
 def host_wait(spans):
     """Median seconds from the end of a join that hit to the verify that follows: the host's reading and launching."""
-    hits, verify = {at for at, hit in outcomes(spans) if hit}, [span.start for span in spans if span.name == "verify"]
-    waits = [verify[i] - at for at in hits if (i := bisect.bisect(verify, at)) < len(verify)]
-    return median(waits) if waits else 0.0
+    return median([verify - at for at, hit, verify in joins(spans) if hit] or [0.0])
 
 
 def write_chrome_trace(spans, path):

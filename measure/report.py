@@ -167,8 +167,9 @@ def block(path):
     return text + (f"\n![{path.stem}](results/{path.stem}.svg)\n" if plot(result) else "")
 
 
-def headline(result):
-    """One line: what the first run of a "speed" result has come to."""
+def headline(path):
+    """One line: what the first run of a results file of kind "speed" has come to."""
+    result = read(path)
     run = result["runs"][0]
     modes = {mode["label"]: mode for mode in run["modes"]}
     speeds = ", ".join(f"`{name}` {modes[name]['tok_s'][0]:.0f}" for name in ("ar", "sd", "ssd"))
@@ -181,7 +182,7 @@ def blocks(readme):
     {name: text}. A name is that of a file, or "headline of" one."""
     found = {}
     for path in sorted(RESULTS.glob("*.json")):
-        for name, make in ((path.name, block), (f"headline of {path.name}", lambda path: headline(read(path)))):
+        for name, make in ((path.name, block), (f"headline of {path.name}", headline)):
             if f"<!-- {name} -->\n" in readme:
                 found[name] = make(path)
     return found

@@ -37,6 +37,7 @@ from batch import Stats
 from errors import UserError, exit_on_user_error
 from generate import MODES, WEIGHTS, peak_memory
 from graphs import Graphs
+from kernels import Share
 from kernels import tune as linears
 from measure import report
 from measure.flags import parse_flags
@@ -48,7 +49,7 @@ from measure.timing import Step, card, model_bytes, random_cache, random_model, 
 from model import LlamaConfig
 from shapes import SHAPES
 from timeline import Timeline, hidden_share, host_wait
-from tune import choose, cta_budgets, describe, find, usual_ctas
+from tune import choose, describe, find, shares, usual_share
 
 COUNTED = "tokens", "seconds", "rounds", "sequence_rounds", "accepted", "tested", "hits", "lookups", "prefill_seconds"
 SETTLE = 3              # rounds at the start of a run that aren't timed
@@ -60,13 +61,13 @@ SETTLE = 3              # rounds at the start of a run that aren't timed
 class Contestant:
     """A mode with its options. Its Stats go on from run to run, so that plans made of them settle in the warm-up."""
 
-    def __init__(self, pair, mode, options, sampling, new_tokens, ctas=None):
+    def __init__(self, pair, mode, options, sampling, new_tokens, share=None):
         self.pair, self.mode, self.options, self.sampling, self.new_tokens = pair, mode, options, sampling, new_tokens
-        self.ctas, self.stats = ctas, Stats()
+        self.share, self.stats = share, Stats()
 
     def run(self, group, seeds):
         """Decode a group of prompts until the first of them ends. Returns (what was counted, the tokens of each)."""
-        models, options = [self.pair.target.run_with(ctas=self.ctas)], ()
+        models, options = [self.pair.target.run_with(share=self.share)], ()
         if self.mode != "ar":
             models, options = [*models, self.pair.draft], (self.options,)
         counts = lambda: Counter({name: getattr(self.stats, name) for name in COUNTED})
@@ -143,7 +144,7 @@ def rows_of(contestants, counted, texts, floor, groups):
         same = all(a[:len(b)] == b[:len(a)] for a, b in zip(texts[label], texts[next(iter(contestants))]))
         round_ms = spread(1e3 * r["seconds"] / r["rounds"] for r in runs)
         rows.append(dict(
-            label=label, mode=contestant.mode, ctas=contestant.ctas,
+            label=label, mode=contestant.mode, share=contestant.share,
             options=asdict(contestant.options) if contestant.options else None,
             tok_s=spread(speeds[label]), round_ms=round_ms, tokens_per_round=rate("tokens", "sequence_rounds"),
             acceptance_rate=rate("accepted", "tested"), hit_rate=rate("hits", "lookups"), of_ceiling=1e3 * floor / round_ms[0],
@@ -153,15 +154,15 @@ def rows_of(contestants, counted, texts, floor, groups):
     return rows
 
 
-def contestants_for(args, pair, group, ctas):
+def contestants_for(args, pair, group, share):
     """{label: contestant}: ar, sd and ssd, and what --tune (on a group of prompts), --sweep or --vs-transformers add.
 
-    ctas: the CTA budget of ssd's target.
+    share: the Share of ssd's target.
     """
-    make = lambda mode, options=None, ctas=None: Contestant(pair, mode, options, args.sampling, args.max_new_tokens, ctas)
+    make = lambda mode, options=None, share=None: Contestant(pair, mode, options, args.sampling, args.max_new_tokens, share)
     found = {"ar": make("ar")}
     if pair.draft is not None:
-        found |= {"sd": make("sd", args.options), "ssd": make("ssd", args.options, ctas)}
+        found |= {"sd": make("sd", args.options), "ssd": make("ssd", args.options, share)}
         for what, modes, field, values in (
                 ("k", ("sd", "ssd"), "k", (2, 3, 4, 6, 8, 10)), ("fanout", ("ssd",), "fanout_budget", (4, 8, 16, 32, 64)),
                 ("tree", ("sd", "ssd"), "tree", ("8", "16", "32", "64"))):
@@ -170,7 +171,7 @@ def contestants_for(args, pair, group, ctas):
                     options = replace(args.options, **{field: value}, **({"k": 10} if what == "tree" else {}))
                     title = {"k": f"K = {value}", "fanout": f"{value} outcomes", "tree": f"tree of {value}"}[what]
                     if options != args.options:                             # else it is plain sd or ssd
-                        found[f"{mode}, {title}"] = make(mode, options, ctas if mode == "ssd" else None)
+                        found[f"{mode}, {title}"] = make(mode, options, share if mode == "ssd" else None)
         if args.tune:
             times, stats = find(pair.target, pair.draft, group, args.sampling, args.options, pair.stop_ids)
             plans = choose(times, stats, pair.draft, args.options)
@@ -178,10 +179,10 @@ def contestants_for(args, pair, group, ctas):
             for mode in "sd", "ssd":
                 plan = plans[mode]
                 options = replace(args.options, k=plan.k, tree=plan.tree, fanout_budget=plan.fanout_budget)
-                found[f"{mode}, tuned"] = make(mode, options, plan.ctas)
-        for most in (None, *cta_budgets(pair.target)) if "cta" in args.sweep else ():
-            if most != ctas:
-                found[f"ssd, {'full grid' if most is None else f'{most} CTAs'}"] = make("ssd", args.options, most)
+                found[f"{mode}, tuned"] = make(mode, options, plan.share)
+        for other in (None, *shares(pair.target)) if "cta" in args.sweep else ():
+            if other != share:
+                found[f"ssd, {other or 'full grid'}"] = make("ssd", args.options, other)
     if args.vs_transformers:
         from measure.peers import transformers_contestants
         found |= transformers_contestants(pair, args.sampling, args.max_new_tokens, args.options.k)
@@ -206,7 +207,7 @@ def speed(args):
                 raise
             print(f"\nnot run: the embedded pair at the cost of an 8B target: {error}")
             continue
-        ctas = args.ctas or usual_ctas(pair.target, pair.draft)
+        share = Share(*args.ctas) if args.ctas else usual_share(pair.target, pair.draft)
         for context in args.context or [None]:
             prompts = pair.prompts if context is None else lengthened(pair.prompts, context)
             for size in args.batch:
@@ -220,20 +221,20 @@ def speed(args):
                 models = [model for model in (pair.target, pair.draft) if model is not None]
                 head = dict(pair=pair.name, synthetic=pair.accept is not None, batch=size, prompts=count,
                             prompt_tokens=[min(lengths), max(lengths)], new_tokens=args.max_new_tokens,
-                            dtype=str(args.dtype)[6:], temperature=args.sampling.temperature, ctas=ctas,
+                            dtype=str(args.dtype)[6:], temperature=args.sampling.temperature, share=share,
                             options=asdict(args.options), weight_bytes=weights, kv_bytes=size * cached,
                             floor_ms=1e3 * floor, repeats=args.repeats,
                             parameters=[model_bytes(model.config, args.dtype) // args.dtype.itemsize for model in models])
                 print("\n" + "\n".join(report.run_lines(head, machine)), flush=True)
                 with synthetic(pair):
-                    contestants = contestants_for(args, pair, groups[0], ctas)
+                    contestants = contestants_for(args, pair, groups[0], share)
                     counted, outputs = compare(contestants, groups, args.repeats, args.device)
                     apart = pair.draft is not None and size == 1 and args.options.tree is None
                     seen = watched(contestants["ssd"], groups[0]) if apart else {}
                 head["modes"] = rows_of(contestants, counted, outputs, floor, groups)
                 if apart:
                     stats = contestants["ssd"].stats
-                    head["parts"], head["model"] = parts(pair, stats, args.sampling, args.options, int(middle), ctas)
+                    head["parts"], head["model"] = parts(pair, stats, args.sampling, args.options, int(middle), share)
                     head["parts"] |= seen
                 print("\n".join(report.mode_lines(head)), flush=True)
                 results.append(head)

@@ -180,10 +180,10 @@ class Engine:
 
     def stream(self, mode, replies, stats, max_new_tokens):
         """Answer a batch of replies; yields (reply, text, origin) token by token, the text in whole characters."""
-        options, ctas = self.options, tune.usual_ctas(*self.models) if mode == "ssd" else None
+        options, share = self.options, tune.usual_share(*self.models) if mode == "ssd" else None
         if plan := self.plans.get(mode):
-            options, ctas = replace(options, k=plan.k, tree=plan.tree, fanout_budget=plan.fanout_budget), plan.ctas
-        self.models[0].run_with(ctas=ctas)
+            options, share = replace(options, k=plan.k, tree=plan.tree, fanout_budget=plan.fanout_budget), plan.share
+        self.models[0].run_with(share=share)
         models, options = (self.models[:1], ()) if mode == "ar" else (self.models, (options,))
         decoders = [self.tokenizer.stream() for _ in replies]
         prompts, start = [reply.prompt_ids for reply in replies], time.perf_counter()

@@ -255,14 +255,14 @@ class Llama(nn.Module):
         rows = hidden.flatten(0, -2).split(kernels.MAX_ROWS)
         return torch.cat([self.ops.head(x, self.head) for x in rows]).view(*hidden.shape[:-1], -1)
 
-    def run_with(self, ops=None, graphs=None, ctas=None):
+    def run_with(self, ops=None, graphs=None, share=None):
         """Choose how this model runs: ops "torch" or "triton", CUDA graphs or not; None keeps what it is.
-        ctas: about how many programs a Triton linear launches, so that another model finds room beside this one."""
+        share: a kernels.Share that Triton linears keep to, so that another model finds room beside this one."""
         if (ops == "triton" or graphs) and self.device.type != "cuda":
             raise UserError(f"Triton kernels and CUDA graphs need a CUDA GPU, the model is on {self.device}; "
                             f"leave out --kernels or choose torch")
         plain = ops == "torch" or ops is None and self.ops is kernels.TORCH
-        self.ops = kernels.TORCH if plain else kernels.triton_ops(ctas)
+        self.ops = kernels.TORCH if plain else kernels.triton_ops(share)
         self.graphs = self.graphs if graphs is None else graphs
         return self
 

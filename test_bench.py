@@ -183,19 +183,19 @@ def test_rank_law():
 
 def test_predictions_are_the_models(monkeypatch):
     """Steps of a second each and a free draft: every drafted token is worth it, and a second GPU hides all there is to hide."""
-    def times(draft, overlap):
-        return tune.Times(1, [[None, 1, 1.0]], [[1, draft]], [[None, overlap]])
+    def times(draft):
+        return tune.Times(1, [[1, 1.0]], [[1, draft]], [[None, 2.0, 2.0]])             # no better than in turn
 
     def best(*parts):
         monkeypatch.setattr(predict, "measure", lambda *models, context: times(*parts))
         rows = predict.predictions(None, Llama.random(TINY, dtype=torch.float32), "tiny", 16)
         assert [row["rate"] for row in rows] == [*predict.RATES]
         return rows[2]                                                              # acceptance .7
-    free = best(0.0, 0.0)
+    free = best(0.0)
     tokens = sum(0.7 ** i for i in range(13))
     assert free["sd"]["k"] == free["one"]["k"] == 12
     assert all(abs(free[plan][mode] - tokens) < 1e-6 for plan, mode in (("sd", "sd"), ("one", "ssd"), ("two", "ssd")))
-    dear = best(0.1, 0.0)
+    dear = best(0.1)
     assert dear["sd"]["k"] < 12 and dear["one"]["ssd"] < dear["sd"]["sd"] < dear["two"]["ssd"]      # nothing overlaps on one
     two = dear["two"]
     drafting = 0.1 * two["k"]

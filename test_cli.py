@@ -292,7 +292,7 @@ def test_color(run, target, draft, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Tuning, timelines, two devices
 
-FIXED = tune.Times(1, [[None, n, 5e-3] for n in tune.TOKENS], [[1, 1e-3], [32, 1e-3]], [[None, 1.0]])     # any machine
+FIXED = tune.Times(1, [[n, 5e-3] for n in tune.TOKENS], [[1, 1e-3], [32, 1e-3]], [[None, 1.0, 1.0]])     # any machine
 
 
 @pytest.fixture
@@ -357,7 +357,7 @@ def test_flags_win_over_the_choice(tuned, monkeypatch, flags):
 
 
 @pytest.mark.parametrize("mode, times", [("ar", dataclasses.replace(FIXED, draft=[[1, 9e-2]])),
-                                         ("sd", dataclasses.replace(FIXED, overlap=[[None, 0.0]]))])
+                                         ("sd", dataclasses.replace(FIXED, slowdown=[[None, 2.0, 2.0]]))])
 def test_slower_speculation_is_not_used(tuned, mode, times):
     answer, err = tuned(times=times)
     assert answer["mode"] == mode and err.startswith(f"--mode {mode}: --tune found it faster") and err.count("\n") == 2

@@ -11,6 +11,7 @@ import torch
 import tune
 import tune_cache
 from batch import Options, Stats
+from kernels import Share
 from model import Llama, LlamaConfig
 from plan import expected_speedup, make_plan
 from saguaro import autoregressive, sd, ssd
@@ -22,10 +23,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DRAFT = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(vocab_size=1000))
 
 
-def machine(verify=5e-3, draft=0.5e-3, overlap=1.0, widening=0.0, ctas=(None,), **extra):
+def machine(verify=5e-3, draft=0.5e-3, slowdown=((None, 1.0, 1.0),), widening=0.0, **extra):
     """Times of a machine where only a verify's width costs something, `widening` seconds a token."""
-    return Times(1, [[c, n, verify + widening * n] for c in ctas for n in tune.TOKENS],
-                 [[n, draft] for n in (1, *tune.BRANCHES)], [[c, overlap] for c in ctas],
+    return Times(1, [[n, verify + widening * n] for n in tune.TOKENS], [[n, draft] for n in (1, *tune.BRANCHES)], slowdown,
                  dict(dict(ar=0.0, sd=0.0, ssd=0.0), **extra))
 
 
@@ -72,7 +72,7 @@ def test_prediction_is_theorem_7():
 
 @pytest.mark.parametrize("fastest, times, stats", [
     ("ssd", machine(), GOOD),
-    ("sd", machine(overlap=0.0), GOOD),                                     # nothing runs beside anything
+    ("sd", machine(slowdown=[[None, 2.0, 2.0]]), GOOD),                                     # nothing runs beside anything
     ("sd", machine(ssd=5e-3), GOOD),
     ("ar", machine(draft=20e-3), GOOD),                                     # a draft slower than its target
     ("ar", machine(), ran(.02)),                                            # a draft that knows nothing
@@ -84,13 +84,12 @@ def test_the_fastest_mode(fastest, times, stats):
 
 def test_plans_fit_the_machine():
     free_width = tune.choose(machine(), GOOD, DRAFT)
-    assert free_width["sd"].tree == "63" and free_width["ar"].ctas is None
+    assert free_width["sd"].tree == "63" and free_width["ar"].share is None
     assert tune.choose(machine(draft=5e-3), GOOD, DRAFT)["sd"].k <= 2       # a forward of the draft costs a verify
     assert tune.choose(machine(widening=2e-3), GOOD, DRAFT)["sd"].tree is None
-    roomy = machine(ctas=(None, 232))
-    roomy.overlap = [[None, 0.3], [232, 0.9]]
+    roomy = machine(slowdown=[[None, 1.1, 3.0], [[232, 16], 1.2, 1.1]])
     plans = tune.choose(roomy, GOOD, DRAFT)
-    assert (plans["ssd"].ctas, plans["sd"].ctas) == (232, None)
+    assert (plans["ssd"].share, plans["sd"].share) == (Share(232, 16), None)
     batch = dataclasses.replace(machine(), batch=8)
     assert tune.choose(batch, GOOD, DRAFT)["ar"].tokens_per_second == pytest.approx(1600)
     assert tune.choose(batch, GOOD, DRAFT)["ssd"].tokens_per_second < 8 * free_width["ssd"].tokens_per_second
@@ -126,14 +125,29 @@ def measured():
 
 
 def test_measure(measured):
-    _, times, stats = measured
-    assert [n for ctas, n, _ in times.verify if ctas is None] == list(tune.TOKENS)
+    (target, _), times, stats = measured
+    assert [n for n, _ in times.verify] == list(tune.TOKENS)
     assert all(s > 0 for *_, s in times.verify + times.draft) and {1, 8, 16, 32} <= {n for n, _ in times.draft}
-    assert {ctas for ctas, *_ in times.verify} == {ctas for ctas, _ in times.overlap} >= {None}
-    assert all(e <= 1 for _, e in times.overlap) and all(s >= 0 for s in times.extra.values())
+    assert [share for share, *_ in times.slowdown] == [None, *tune.shares(target)]
+    assert all(s >= 1 and d >= 1 for _, s, d in times.slowdown) and all(s >= 0 for s in times.extra.values())
     assert stats.rounds > 5 and stats.lookups and stats.choices[1][0]
-    if DEVICE.type == "cuda":
-        assert len(times.overlap) > 1
+    assert len(times.slowdown) == (3 if DEVICE.type == "cuda" else 1)
+
+
+@pytest.mark.parametrize("a, b, beside_a, beside_b", [(6.0, 4.0, 6.7, 6.0), (6.0, 4.0, 6.4, 7.2), (5.0, 5.0, 10.0, 10.0),
+                                                      (3.0, 1.0, 3.0, 1.0)])
+def test_slowdowns_give_back_what_was_measured(a, b, beside_a, beside_b):
+    """A verify of a ms and a draft of b ms, which took longer side by side. The one that is done last runs on as it does alone."""
+    first, n = min(beside_a, beside_b), 6
+    s, d = tune.slowdown(a, beside_a, first), tune.slowdown(b, beside_b, first)
+    times = Times(1, [[1, a]], [[1, b / (n + 1)]], [[None, s, d]])
+    assert times.together_seconds(Tree.chain(n), 1) == pytest.approx(max(beside_a, beside_b))
+    alone = dataclasses.replace(times, slowdown=[[None, 1.0, 1.0]])
+    assert alone.together_seconds(Tree.chain(n), 1) == pytest.approx(max(a, b))
+
+
+def test_noise_is_no_speedup():
+    assert tune.slowdown(5.0, 4.9, 4.9) == 1 and 1 < tune.slowdown(1.0, 9.0, 2.0) <= 10
 
 
 def test_tuned_plans_run_and_keep_the_text(measured):

@@ -6,15 +6,16 @@ A round of B sequences yields B E tokens, E the expected number of accepted toke
     sd     verify(M+1) + K forwards of the draft                                                        + extra_sd
     ssd    together(verify(M+1), a forward and K with N branches) + (1 - p^B) K forwards of the backup  + extra_ssd
 
-(Theorem 7 of the paper, in seconds). verify and forwards are measured for a few widths. together(a, b) is
-max(a, b) + (1 - e) min(a, b), where e, how much of the shorter one disappears beside the longer one, is measured once for each
-CTA budget of the target. extra, what rounds take beyond that, comes from a short run of each mode on the text at hand,
-and so does the acceptance of the draft's 1st, 2nd, ... choice, from which E and the hit rate p follow.
+(Theorem 7 of the paper, in seconds). verify and forwards are measured for a few widths. together(a, b): side by side the
+verify takes s times as long and the draft d times, until one of them is done and the other goes on alone. s and d are measured
+for every share of the GPU that the target may keep to. extra, what rounds take beyond that, comes from a short run of each mode
+on the text at hand, and so does the acceptance of the draft's 1st, 2nd, ... choice, from which E and the hit rate p follow.
 
 Shapes: M+1 nodes of a tree (a chain of K: K+1), K its depth, N outcomes guessed.
 """
 import time
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -22,11 +23,12 @@ import torch
 from batch import Options, Stats
 from draft import Drafter
 from graphs import Beside
-from kernels import MAX_ROWS, TORCH
-from measure.timing import seconds_of
+from kernels import MAX_ROWS, TORCH, Share
+from measure.timing import WARM_UP, seconds_of
 from plan import make_plan
 from saguaro import Target, autoregressive, sd, ssd
 from sampling import Sampler, Sampling
+from timeline import Timeline
 from tree import Tree
 
 TOKENS = 1, 7, 16, 32, 64               # widths of a verify to measure
@@ -44,28 +46,33 @@ BUDGETS = 4, 8, 16, 32                  # ... and outcomes guessed
 class Times:
     """Seconds of the parts, at one batch size. Plain lists, as JSON keeps them."""
     batch: int
-    verify: list = field(default_factory=list)      # [CTA budget or None, tokens a sequence, seconds]
+    verify: list = field(default_factory=list)      # [tokens a sequence, seconds]
     draft: list = field(default_factory=list)       # [rows a sequence, seconds of one forward]
-    overlap: list = field(default_factory=list)     # [CTA budget or None, e]
+    slowdown: list = field(default_factory=list)    # [the target's Share or None, s, d]
     extra: dict = field(default_factory=lambda: dict(ar=0.0, sd=0.0, ssd=0.0))
 
-    def verify_seconds(self, tokens, ctas=None):
-        return interpolate([(n, seconds) for budget, n, seconds in self.verify if budget == ctas], tokens)
+    def __post_init__(self):
+        self.slowdown = [[share and Share(*share), s, d] for share, s, d in self.slowdown]
+
+    def verify_seconds(self, tokens):
+        return interpolate(self.verify, tokens)
 
     def draft_seconds(self, tree, branches=1):
         """K forwards that draft `branches` trees side by side."""
         return sum(interpolate(self.draft, branches * len(level)) for level in tree.levels[:-1])
 
-    def together_seconds(self, tree, branches, ctas=None):
+    def together_seconds(self, tree, branches, share=None):
         """A round of SSD that hits: the forward over the leaves and K with all branches, beside the verify."""
-        a = self.verify_seconds(tree.size, ctas)
+        a = self.verify_seconds(tree.size)
         b = interpolate(self.draft, len(tree.levels[-1])) + self.draft_seconds(tree, branches)
-        return max(a, b) + (1 - dict(self.overlap)[ctas]) * min(a, b)
+        s, d = next((s, d) for other, s, d in self.slowdown if other == share)
+        first = min(s * a, d * b)                                           # when one of them is done
+        return first + max(a - first / s, b - first / d)
 
-    def round_seconds(self, mode, tree, branches=0, hit_rate=0.0, ctas=None):
+    def round_seconds(self, mode, tree, branches=0, hit_rate=0.0, share=None):
         """The formulas above. The tree of ar is a root alone, which takes no drafting."""
         if mode == "ssd":
-            work = self.together_seconds(tree, branches, ctas) + (1 - hit_rate ** self.batch) * self.draft_seconds(tree)
+            work = self.together_seconds(tree, branches, share) + (1 - hit_rate ** self.batch) * self.draft_seconds(tree)
         else:
             work = self.verify_seconds(tree.size) + self.draft_seconds(tree)
         return work + self.extra[mode]
@@ -76,7 +83,7 @@ class Plan(NamedTuple):
     k: int
     tree: str | None
     fanout_budget: int
-    ctas: int | None                # CTA budget of the target's linears while the draft works beside it
+    share: Share | None             # what the target's linears keep to while the draft works beside them
     tokens_per_round: float         # E
     hit_rate: float                 # p
     tokens_per_second: float        # of the whole batch
@@ -95,29 +102,38 @@ def interpolate(points, x):
 # ---------------------------------------------------------------------------------------------------------------------
 # Measuring
 
-def cta_budgets(model):
-    """Programs to hold a target's linears to: one a multiprocessor (see kernels.launch.Launch). Empty without our kernels."""
-    return [] if model.ops is TORCH else [torch.cuda.get_device_properties(model.device).multi_processor_count]
+def shares(model):
+    """What a target's linears may keep to: a program a multiprocessor, and for drafts that take longer fewer bytes in flight.
+    Empty without our kernels."""
+    if model.ops is TORCH:
+        return []
+    ctas = torch.cuda.get_device_properties(model.device).multi_processor_count
+    return [Share(ctas), Share(ctas, 32)]
 
 
-def usual_ctas(target_model, draft_model):
-    """The CTA budget of ssd where nothing has been tuned: a limit, if both models are on one GPU."""
+def usual_share(target_model, draft_model):
+    """The Share of ssd's target where nothing has been tuned: the first, if both models are on one GPU."""
     together = draft_model is not None and draft_model.device == target_model.device
-    return next(iter(cta_budgets(target_model)), None) if together else None
+    return next(iter(shares(target_model)), None) if together else None
+
+
+def slowdown(alone, beside, first):
+    """How much slower one model ran until `first`, when one of two was done: `alone` seconds became `beside` seconds."""
+    return max(1.0, first / max(alone - (beside - first), first / 10))      # after that it ran as fast as alone
 
 
 @torch.inference_mode()
 def measure(target_model, draft_model, sampling=Sampling(), batch=1, context=256, k=Options.k, budget=Options.fanout_budget,
-            ctas=None, widths=True):
+            which=None, widths=True):
     """Time the parts of a round behind a text of `context` tokens. Returns Times without `extra`.
 
     widths: also for verifies of other widths than 1 and k + 1 tokens, and for other numbers of branches than `budget`. What
-    runs together when the overlap is measured is a chain of k and `budget` outcomes, for every CTA budget in `ctas`: by
-    default None, all that a linear wants, and those of `cta_budgets`.
+    runs side by side is a chain of k and `budget` outcomes, for every Share in `which`: by default None, all that a linear
+    wants, and those of `shares`.
     """
     times, device, gpu = Times(batch), target_model.device, target_model.device.type == "cuda"
-    which = 1 if gpu else 0                 # the median, or the least: others use a CPU as well, and are no part of a round
-    took = lambda run: seconds_of(run, device, draft_model.device, repeats=REPEATS)[which]
+    usual = 1 if gpu else 0                 # the median, or the least: others use a CPU as well, and are no part of a round
+    took = lambda run: seconds_of(run, device, draft_model.device, repeats=REPEATS)[usual]
     prompts, sampler = [[1] * context] * batch, Sampler(sampling, [0] * batch, device)
     branches = {budget, *((BRANCHES if gpu else (8, 32)) if widths else ())}
     chain, room = Tree.chain(k, draft_model.device), context + (k + 1) * (max(branches) + 2)
@@ -129,13 +145,15 @@ def measure(target_model, draft_model, sampling=Sampling(), batch=1, context=256
     for n in sorted(branches, key=lambda n: (n == budget, n)):              # the budget last: it stays planned
         drafter.plan(chain, [n // (k + 1) + (i < n % (k + 1)) for i in range(k + 1)])
         drafter.speculate()
-        beside = took(drafter.precompute)
-        times.draft.append([n, max(one, (beside - one) / k)])
+        ahead = took(drafter.precompute)
+        times.draft.append([n, max(one, (ahead - one) / k)])
 
     chains = {n: Tree.chain(n - 1, device) for n in sorted({1, k + 1, *(TOKENS if widths else ())})}
     tokens = {n: torch.ones(batch, n, dtype=torch.int64, device=device) for n in chains}
-    for limit in [None, *cta_budgets(target_model)] if ctas is None else ctas:
-        target_model.run_with(ctas=limit)
+
+    def side(share):
+        """The target, ready to verify, and how it does that."""
+        target_model.run_with(share=share)
         target = Target(target_model, batch, sampler, context + 2 * max(tokens))
         target.start(prompts, sampler, Stats())
         start = target.prefix_len.clone()
@@ -143,15 +161,22 @@ def measure(target_model, draft_model, sampling=Sampling(), batch=1, context=256
         def verify(n):
             target.prefix_len.copy_(start)
             target.verify(tokens[n], None, chains[n])
+        return target, verify
 
-        def both():
-            verified, drafted = side.both(lambda: verify(k + 1), drafter.precompute)
-            verified(), drafted()
-        for n in tokens:
-            times.verify.append([limit, n, took(lambda: verify(n))])
-        alone = times.verify_seconds(k + 1, limit)
-        with Beside(draft_model.device) as side:
-            times.overlap.append([limit, min(1.0, (alone + beside - took(both)) / min(alone, beside))])
+    _, verify = side(None)
+    times.verify = [[n, took(lambda: verify(n))] for n in tokens]
+    for share in [None, *shares(target_model)] if which is None else which:
+        target, verify = side(share)
+        target.stats = drafter.stats = Stats()
+        with Beside(draft_model.device) as beside:
+            for number in range(WARM_UP + 2 * REPEATS):
+                if number == WARM_UP:
+                    target.stats.timeline = Timeline(target=device, draft=draft_model.device)
+                verified, drafted = beside.both(lambda: verify(k + 1), drafter.precompute)
+                verified(), drafted()
+        spans = target.stats.timeline.spans()
+        a, b = (median(span.end - span.start for span in spans if span.name == name) for name in ("verify", "draft"))
+        times.slowdown.append([share, slowdown(times.verify_seconds(k + 1), a, min(a, b)), slowdown(ahead, b, min(a, b))])
     target_model.run_with()
     return times
 
@@ -215,19 +240,19 @@ def choose(times, stats, draft_model, options=Options(), asked=()):
     """
     accept, plans = stats.rank_acceptance(), {}
 
-    def offer(mode, shape, tree, fan, ctas=None):
+    def offer(mode, shape, tree, fan, share=None):
         tokens, hit_rate = expected(tree, fan, accept)
-        speed = times.batch * tokens / times.round_seconds(mode, tree, sum(fan), hit_rate, ctas)
+        speed = times.batch * tokens / times.round_seconds(mode, tree, sum(fan), hit_rate, share)
         if mode not in plans or speed > plans[mode].tokens_per_second:
-            plans[mode] = Plan(shape.k, shape.tree, shape.fanout_budget, ctas, tokens, hit_rate, speed)
+            plans[mode] = Plan(shape.k, shape.tree, shape.fanout_budget, share, tokens, hit_rate, speed)
 
     offer("ar", options, Tree.chain(0), [0])
     for shape in candidates(options, asked, draft_model.config.vocab_size):
         tree, fan = make_plan(shape, stats, draft_model)
         offer("sd", shape, tree, [0] * tree.size)
         wide = sum(fan) * max(map(len, tree.levels[:-1])) > MAX_ROWS
-        for ctas, _ in times.overlap if not wide or "ssd" not in plans else ():
-            offer("ssd", shape, tree, fan, ctas)
+        for share, _, _ in times.slowdown if not wide or "ssd" not in plans else ():
+            offer("ssd", shape, tree, fan, share)
     return plans
 
 
@@ -238,15 +263,14 @@ def best_mode(plans):
 def describe(times, plans):
     """What was measured and what follows, a few lines for the user."""
     ms = lambda table: ", ".join(f"{n}: {1e3 * s:.2f}" for n, s in table)
-    overlap = ", ".join(f"{ctas or 'all'}: {e:.0%}" for ctas, e in times.overlap)
-    lines = [f"verify, ms by tokens: {ms([(n, s) for ctas, n, s in times.verify if ctas is None])}",
-             f"a draft forward, ms by branches: {ms(sorted(times.draft))}",
-             f"of the shorter side overlap hides, by CTA budget of the target: {overlap}"]
+    lines = [f"verify, ms by tokens: {ms(times.verify)}", f"a draft forward, ms by branches: {ms(sorted(times.draft))}"]
+    lines += [f"side by side, the target with {share or 'all that it wants'}: the verify takes {s:.2f} times as long, the draft "
+              f"{d:.2f} times" for share, s, d in times.slowdown]
     for mode, plan in plans.items():
         line = f"{mode}: {plan.tokens_per_second:.1f} tok/s expected"
         if mode != "ar":
             line += f" with --tree {plan.tree} --k {plan.k}" if plan.tree else f" with --k {plan.k}"
         if mode == "ssd":
-            line += f" --fanout-budget {plan.fanout_budget}" + (f" and {plan.ctas} CTAs for the target" if plan.ctas else "")
+            line += f" --fanout-budget {plan.fanout_budget}" + (f", the target with {plan.share}" if plan.share else "")
         lines.append(line)
     return [f"tune: {line}" for line in (*lines, f"fastest: {best_mode(plans)}")]

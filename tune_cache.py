@@ -58,7 +58,7 @@ def load(target_model, draft_model, batch, sampling, accept):
             return None
         times, stats = Times(**entry["times"]), Stats(choices=entry["choices"])
         stats.misses = {int(f): counts for f, counts in entry["misses"].items()}
-        times.verify_seconds(1), stats.rank_acceptance(), stats.miss_exponent(), dict(times.overlap)[None]      # are they whole?
+        times.verify_seconds(1), stats.rank_acceptance(), stats.miss_exponent(), choose(times, stats, draft_model)     # are they whole?
         return times, stats
     except FileNotFoundError:
         return None

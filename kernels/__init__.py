@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from kernels import accept, commit, embed, grow, head, linear, settle, switch, tree_attention
 from kernels.head import MAX_BEST
-from kernels.launch import MAX_ROWS, Int8Weight
+from kernels.launch import MAX_ROWS, Int8Weight, Share
 from kernels.noise import gumbel, uniform
 from kernels.tree_attention import Ancestors
 
@@ -20,9 +20,9 @@ TORCH = SimpleNamespace(
 
 
 @functools.cache
-def triton_ops(ctas):
-    """The kernels; ctas: a bound on the programs of a linear and their bytes in flight, for a model beside it (see Launch)."""
-    few = lambda op: functools.partial(op, ctas=ctas)
+def triton_ops(share):
+    """The kernels; share: None, or the Share that linears keep to because another model works beside this one."""
+    few = lambda op: functools.partial(op, share=share)
     return SimpleNamespace(
         embed=embed.embed, add_linear=few(linear.add_linear), swiglu_linear=few(linear.swiglu_linear),
         qkv_rope=few(linear.qkv_rope), visibility=tree_attention.visibility, tree_attention=tree_attention.tree_attention,
@@ -38,5 +38,5 @@ def ops_for(tensor):
     return TRITON if tensor.is_cuda else TORCH
 
 
-__all__ = ["Ancestors", "MAX_BEST", "MAX_ROWS", "TORCH", "TRITON", "Int8Weight", "gumbel", "ops_for", "triton_ops",
+__all__ = ["Ancestors", "MAX_BEST", "MAX_ROWS", "TORCH", "TRITON", "Int8Weight", "Share", "gumbel", "ops_for", "triton_ops",
            "uniform"]

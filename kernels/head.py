@@ -107,17 +107,17 @@ def rms_norm(x, weight, eps):
     return y
 
 
-def head(hidden, w, ctas=None):
+def head(hidden, w, share=None):
     """As head_ref."""
-    return linear(hidden, w, out_dtype=torch.float32, ctas=ctas)
+    return linear(hidden, w, out_dtype=torch.float32, share=share)
 
 
 MAX_BEST = 16           # most tokens a row: each is a pass over a block of logits in registers
 
 
-def best(hidden, w, n, temperature, seeds, stream, positions, ids=None, ctas=None):
+def best(hidden, w, n, temperature, seeds, stream, positions, ids=None, share=None):
     """As best_ref; ties go to the lowest index."""
-    launch = Launch(hidden, w, ctas=ctas)
+    launch = Launch(hidden, w, share=share)
     blocks = launch.blocks
     n = min(n, launch.N)
     values = torch.empty(launch.M, blocks * n, device=hidden.device)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 PREFETCH = 64 << 10                     # bytes of weights that a waiting program fetches into L2
 SHARED_MEMORY = 200e3, 84e3             # bytes of tiles in flight that fit beside 16 KB for the end: on a Hopper GPU, on any other
-IN_FLIGHT, FETCHED = 48 << 10, 8 << 10  # where another model needs room: weights in flight, and fetched while waiting
+FETCHED, LATE = 8 << 10, 4              # beside another model: bytes fetched, steps before the end at which the next may start
 MAX_ROWS = 128                          # rows of x that the skinny kernels take; above that, cuBLAS is the right tool
 
 
@@ -59,10 +59,16 @@ SM90 = {
 SM90_WIDE = {
     (6144, 4096): Blocks(64, 128, 4, 4), (4096, 4096): Blocks(64, 128, 5, 4), (28672, 4096): Blocks(128, 128, 3, 8),
     (4096, 14336): Blocks(64, 128, 5, 4, 2), (128256, 4096): Blocks(64, 128, 3, 4),                     # Llama 3.1 8B
+    (3072, 2048): Blocks(32, 256, 3, 4), (2048, 2048): Blocks(64, 128, 4, 4, 4), (16384, 2048): Blocks(64, 128, 3, 4),
+    (2048, 8192): Blocks(64, 128, 5, 4, 4), (128256, 2048): Blocks(64, 128, 3, 4),                      # Llama 3.2 1B
+    (960, 576): Blocks(16, 128, 5, 4), (3072, 576): Blocks(64, 128, 5, 4), (49152, 576): Blocks(128, 64, 3, 4),
+    (576, 1536): Blocks(16, 256, 5, 4),                                                                 # SmolLM2 135M
 }
 SM90_INT8 = {           # int8 weights, any number of rows; others follow `blocks_for`
     (3072, 2048): Blocks(32, 256, 6, 4), (2048, 2048): Blocks(32, 256, 3, 4, 2), (16384, 2048): Blocks(64, 256, 4, 2),
     (2048, 8192): Blocks(32, 256, 6, 4, 4), (128256, 2048): Blocks(64, 256, 3, 2),                      # Llama 3.2 1B
+    (960, 576): Blocks(16, 128, 3, 2), (576, 576): Blocks(16, 128, 5, 4), (3072, 576): Blocks(32, 128, 5, 4),
+    (576, 1536): Blocks(16, 128, 3, 1, 4), (49152, 576): Blocks(128, 64, 3, 2),                         # SmolLM2 135M
 }
 
 
@@ -86,15 +92,24 @@ def blocks_for(N, K, rows=1, int8=False):
     return narrow
 
 
+class Share(NamedTuple):
+    """What the linears of a model may use of a GPU while another model works beside it."""
+    ctas: int                           # programs, where there is work for twice as many; they then loop
+    in_flight: int = 48                 # KB of weights that each has asked for and not yet got
+
+    def __str__(self):
+        return f"{self.ctas} CTAs, {self.in_flight} KB in flight in each"
+
+
 class Launch:
     """Shapes, block shapes, grid and launch options of one skinny linear: x [..., K] with M rows, w [N, K] or Int8Weight.
 
-    most: the largest BN that fits. ctas: None, or, beside another model, how many programs to launch where there is work for twice
-    as many; they then loop. Each keeps few bytes in flight, too: what the other model asks the memory for waits behind all that
-    this one has asked for.
+    most: the largest BN that fits. share: None, or a Share beside another model. What that one asks the memory for waits behind
+    all that this one has asked for, so few bytes are in flight, and the next kernel comes late: its shared memory is what the
+    other model's small kernels wait for.
     """
 
-    def __init__(self, x, w, most=1 << 30, ctas=None):
+    def __init__(self, x, w, most=1 << 30, share=None):
         self.INT8 = isinstance(w, Int8Weight)
         self.weight, self.scale = w if self.INT8 else (w, w)
         (self.N, self.K), self.M, self.device = self.weight.shape, x.numel() // x.shape[-1], x.device
@@ -104,13 +119,14 @@ class Launch:
         self.BN = min(self.BN, most)
         self.blocks, fetch = triton.cdiv(self.N, self.BN), PREFETCH
         programs = self.blocks * self.SPLIT
-        if ctas is not None:
-            programs, fetch = programs if programs < 2 * ctas else ctas, FETCHED
-            stages = min(stages, 1 + max(2, IN_FLIGHT // (self.BN * self.BK * self.weight.element_size())))
+        if share is not None:
+            programs, fetch = programs if programs < 2 * share.ctas else share.ctas, FETCHED
+            stages = min(stages, 1 + max(2, (share.in_flight << 10) // (self.BN * self.BK * self.weight.element_size())))
         # More rows need more shared memory. What gives way is what rounding doesn't see: SPLIT stays.
         tile = lambda: (self.BN * self.weight.element_size() + self.BM * x.element_size()) * self.BK
         while tile() * stages > SHARED_MEMORY[not is_hopper()] and (stages > 2 or self.BK > 32):
             stages, self.BK = (stages - 1, self.BK) if stages > 2 else (stages, self.BK // 2)
+        self.late = 0 if share is None else LATE
         self.grid = (programs,)
         self.options = dict(PREFETCH=fetch, PDL=pdl(x.device), num_warps=warps, num_stages=stages, **launch_options(x.device))
 
@@ -134,15 +150,24 @@ def launch_options(device):
 
 
 @triton.jit
-def wait_for_inputs(PDL: tl.constexpr):
-    """Wait until what the previous kernel wrote is visible, then let the next one start.
+def wait_for_inputs(PDL: tl.constexpr, LATE: tl.constexpr = 0):
+    """Wait until what the previous kernel wrote is visible, then let the next one start (with LATE, `next_may_start` does).
 
     In this order a kernel that has started knows that all but its direct predecessor are done: their outputs may be read
     before the wait.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if LATE == 0:
+            tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def next_may_start(left, PDL: tl.constexpr, LATE: tl.constexpr):
+    """To be called in every step of a loop, with how many are left: with LATE, the next kernel may start when it's so many."""
+    if PDL and LATE > 0:
+        if left == LATE:
+            tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

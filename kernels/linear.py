@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.launch import Int8Weight, Launch, dense, prefetch, wait_for_inputs
+from kernels.launch import Int8Weight, Launch, dense, next_may_start, prefetch, wait_for_inputs
 
 FIXED = tl.constexpr(2.0**28)           # a sum of squares is an int64 in units of 2^-28 (up to 3.4e10, overflow beyond)
 
@@ -150,17 +150,19 @@ def finish(y, residual, norm, scale_ptr, y_ptr, weighed_ptr, sums_ptr, rows, M, 
 
 @triton.jit
 def linear_kernel(x_ptr, w_ptr, scale_ptr, residual_ptr, norm_ptr, y_ptr, weighed_ptr, sums_ptr, M, N, K: tl.constexpr,
-                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, INT8: tl.constexpr,
-                  ADD: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):
+                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LATE: tl.constexpr,
+                  INT8: tl.constexpr, ADD: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):
     """y = x W^T, or the next stream."""
     n = tl.arange(0, BN)
     STEPS: tl.constexpr = (K + BK - 1) // BK
     first, programs = tl.program_id(0), tl.num_programs(0)
     prefetch(w_ptr, first * BN, N, K, 0, BN, PREFETCH, PDL)
-    wait_for_inputs(PDL)
+    wait_for_inputs(PDL, LATE)
     residual, norm = stream_at(residual_ptr, norm_ptr, first * BN + n, M, N, BM, ADD)
     acc = tl.zeros([BN, BM], tl.float32)
-    for step in range(tl.cdiv(tl.cdiv(N, BN) - first, programs) * STEPS):
+    steps = tl.cdiv(tl.cdiv(N, BN) - first, programs) * STEPS
+    for step in range(steps):
+        next_may_start(steps - step, PDL, LATE)
         block = first + step // STEPS * programs
         acc = multiply(x_ptr, w_ptr, block * BN + n, step % STEPS * BK, M, N, K, BM, BK, acc)
         if step % STEPS == STEPS - 1:
@@ -172,21 +174,23 @@ def linear_kernel(x_ptr, w_ptr, scale_ptr, residual_ptr, norm_ptr, y_ptr, weighe
 
 @triton.jit
 def split_kernel(x_ptr, w_ptr, scale_ptr, residual_ptr, norm_ptr, y_ptr, weighed_ptr, sums_ptr, part_ptr, count_ptr, M, N,
-                 K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
-                 INT8: tl.constexpr, ADD: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):
+                 K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LATE: tl.constexpr,
+                 SPLIT: tl.constexpr, INT8: tl.constexpr, ADD: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):
     """The same with SPLIT programs a block. Work p is part p % SPLIT of K of block p // SPLIT; whoever is last adds up."""
     m, n = tl.arange(0, BM), tl.arange(0, BN)
     SPAN: tl.constexpr = (K + 512 * SPLIT - 1) // (512 * SPLIT) * 512       # of K a part: whole steps for any BK
     first = tl.program_id(0)
     prefetch(w_ptr, first // SPLIT * BN, N, K, (first % SPLIT) * SPAN, BN, PREFETCH, PDL)
-    wait_for_inputs(PDL)
+    wait_for_inputs(PDL, LATE)
     for work in range(first, tl.cdiv(N, BN) * SPLIT, tl.num_programs(0)):
         block, part = work // SPLIT, work % SPLIT
         rows = block * BN + n
         if BM == 16:                                                        # asked for early, it is here when needed
             residual, norm = stream_at(residual_ptr, norm_ptr, rows, M, N, BM, ADD)
         acc = tl.zeros([BN, BM], tl.float32)
-        for k in range(part * SPAN, tl.minimum(part * SPAN + SPAN, K), BK):
+        end = tl.minimum(part * SPAN + SPAN, K)
+        for k in range(part * SPAN, end, BK):
+            next_may_start(tl.cdiv(end - k, BK), PDL, LATE)
             acc = multiply(x_ptr, w_ptr, rows, k, M, N, K, BM, BK, acc)
         tile = part_ptr + block * SPLIT * BN * BM + n[:, None] * BM + m[None, :]
         tl.store(tile + part * BN * BM, acc)
@@ -217,7 +221,7 @@ def unpair(acc, BN: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def swiglu_kernel(x_ptr, sums_ptr, eps, w_ptr, scale_ptr, y_ptr, M, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                  BK: tl.constexpr, INT8: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):
+                  BK: tl.constexpr, LATE: tl.constexpr, INT8: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):
     """y [M, N/2] = silu(gate) * up; a block holds BN/2 gate rows and the up rows that go with them."""
     m = tl.arange(0, BM)
     half = N // 2
@@ -225,10 +229,12 @@ def swiglu_kernel(x_ptr, sums_ptr, eps, w_ptr, scale_ptr, y_ptr, M, N, K: tl.con
     first, programs = tl.program_id(0), tl.num_programs(0)
     prefetch(w_ptr, first * (BN // 2), half, K, 0, BN // 2, PREFETCH // 2, PDL)
     prefetch(w_ptr + half * K, first * (BN // 2), half, K, 0, BN // 2, PREFETCH // 2, PDL)
-    wait_for_inputs(PDL)
+    wait_for_inputs(PDL, LATE)
     sums = tl.load(sums_ptr + m, mask=m < M, other=0)                       # used at last: asking for it delays nothing
     acc = tl.zeros([BN, BM], tl.float32)
-    for step in range(tl.cdiv(tl.cdiv(half, BN // 2) - first, programs) * STEPS):
+    steps = tl.cdiv(tl.cdiv(half, BN // 2) - first, programs) * STEPS
+    for step in range(steps):
+        next_may_start(steps - step, PDL, LATE)
         block = first + step // STEPS * programs
         rows = paired_rows(block, half, BN)
         acc = multiply(x_ptr, w_ptr, rows, step % STEPS * BK, M, N, K, BM, BK, acc)
@@ -253,7 +259,8 @@ def angles_at(cos_ptr, sin_ptr, pair, M, D: tl.constexpr, BM: tl.constexpr):
 @triton.jit
 def qkv_kernel(x_ptr, sums_ptr, eps, w_ptr, scale_ptr, cos_ptr, sin_ptr, slot_ptr, q_ptr, k_ptr, v_ptr, M, T,
                H: tl.constexpr, KV: tl.constexpr, stride_b, stride_h, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-               BN: tl.constexpr, BK: tl.constexpr, INT8: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):
+               BN: tl.constexpr, BK: tl.constexpr, LATE: tl.constexpr, INT8: tl.constexpr, PREFETCH: tl.constexpr,
+               PDL: tl.constexpr):
     """q [M, H, D], and K, V in their slots; a block holds BN/2 RoPE pairs (i, i + D/2) of one head."""
     m, pairs = tl.arange(0, BM), tl.arange(0, BN // 2)
     N: tl.constexpr = (H + 2 * KV) * D
@@ -263,12 +270,14 @@ def qkv_kernel(x_ptr, sums_ptr, eps, w_ptr, scale_ptr, cos_ptr, sin_ptr, slot_pt
     top = first // BLOCKS * D + first % BLOCKS * (BN // 2)
     prefetch(w_ptr, top, N, K, 0, BN // 2, PREFETCH // 2, PDL)
     prefetch(w_ptr, top + D // 2, N, K, 0, BN // 2, PREFETCH // 2, PDL)
-    wait_for_inputs(PDL)
+    wait_for_inputs(PDL, LATE)
     live = (m < M)[None, :]
     sums, slot = tl.load(sums_ptr + m, mask=m < M, other=0), tl.load(slot_ptr + m, mask=m < M, other=0)
     cos, sin = angles_at(cos_ptr, sin_ptr, first % BLOCKS * (BN // 2) + pairs, M, D, BM)
     acc = tl.zeros([BN, BM], tl.float32)
-    for step in range(tl.cdiv(N // BN - first, programs) * STEPS):
+    steps = tl.cdiv(N // BN - first, programs) * STEPS
+    for step in range(steps):
+        next_may_start(steps - step, PDL, LATE)
         block = first + step // STEPS * programs
         head = block // BLOCKS
         rows = head * D + paired_rows(block % BLOCKS, D // 2, BN)
@@ -299,25 +308,25 @@ def qkv_kernel(x_ptr, sums_ptr, eps, w_ptr, scale_ptr, cos_ptr, sin_ptr, slot_pt
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers: the contract of the twins, for up to MAX_ROWS rows (B*T) of contiguous tensors
 
-def linear(x, w, out_dtype=None, ctas=None):
+def linear(x, w, out_dtype=None, share=None):
     """As linear_ref."""
     N = len(w.scale if isinstance(w, Int8Weight) else w)
     y = torch.empty(*x.shape[:-1], N, device=x.device, dtype=out_dtype or x.dtype)
-    launch_linear(x, w, (x, x, y, x, x), False, ctas)
+    launch_linear(x, w, (x, x, y, x, x), False, share)
     return y
 
 
-def add_linear(x, w, stream, norm, sums, ctas=None):
+def add_linear(x, w, stream, norm, sums, share=None):
     """As add_linear_ref."""
     y, weighed = torch.empty_like(stream.x), torch.empty_like(stream.x)
-    launch_linear(x, w, (stream.x, norm, y, weighed, sums), True, ctas)
+    launch_linear(x, w, (stream.x, norm, y, weighed, sums), True, share)
     return Stream(y, weighed, sums)
 
 
-def launch_linear(x, w, outputs, add, ctas):
+def launch_linear(x, w, outputs, add, share):
     """Launch linear_kernel or split_kernel. outputs: what stands between scale_ptr and M among their arguments."""
-    launch = Launch(x, w, ctas=ctas)
-    shape = launch.M, launch.N, launch.K, launch.BM, launch.BN, launch.BK
+    launch = Launch(x, w, share=share)
+    shape = launch.M, launch.N, launch.K, launch.BM, launch.BN, launch.BK, launch.late
     if launch.SPLIT == 1:
         linear_kernel[launch.grid](x, launch.weight, launch.scale, *outputs, *shape, launch.INT8, add, **launch.options)
     else:
@@ -325,28 +334,28 @@ def launch_linear(x, w, outputs, add, ctas):
                                   launch.INT8, add, **launch.options)
 
 
-def swiglu_linear(stream, norm, eps, w, ctas=None):
+def swiglu_linear(stream, norm, eps, w, share=None):
     """As swiglu_linear_ref; the norm's weight is in stream.weighed."""
     x = stream.weighed
-    launch = Launch(x, w, ctas=ctas)
+    launch = Launch(x, w, share=share)
     y = torch.empty(*x.shape[:-1], launch.N // 2, device=x.device, dtype=x.dtype)
     swiglu_kernel[launch.grid](
         x, stream.sums, eps, launch.weight, launch.scale, y, launch.M, launch.N, launch.K, launch.BM, launch.BN, launch.BK,
-        launch.INT8, **launch.options)
+        launch.late, launch.INT8, **launch.options)
     return y
 
 
-def qkv_rope(stream, norm, eps, w, cos, sin, slots, k_cache, v_cache, ctas=None):
+def qkv_rope(stream, norm, eps, w, cos, sin, slots, k_cache, v_cache, share=None):
     """As qkv_rope_ref; the norm's weight is in stream.weighed."""
     x = stream.weighed
     B, T, _ = x.shape
     _, KV, _, D = k_cache.shape
-    launch = Launch(x, w, most=D, ctas=ctas)
+    launch = Launch(x, w, most=D, share=share)
     H = launch.N // D - 2 * KV
     assert k_cache.stride() == v_cache.stride() and k_cache.stride()[2:] == (D, 1)
     q = torch.empty(B, T, H, D, device=x.device, dtype=x.dtype)
     qkv_kernel[launch.grid](
         x, stream.sums, eps, launch.weight, launch.scale, cos, sin, slots.contiguous(), q, k_cache, v_cache, launch.M, T, H,
         KV, k_cache.stride(0), k_cache.stride(1), launch.K, D, launch.BM, launch.BN, launch.BK,
-        launch.INT8, **launch.options)
+        launch.late, launch.INT8, **launch.options)
     return q

@@ -43,7 +43,7 @@ def parse_flags(argv, description=None):
             ("--context", numbers, "N,N", None, "prompt tokens (default: prompts as they are, 128 random ones; 512 in steps)"),
             ("--rows", numbers, "N,N", [1, 8, 16, 32, 64], "tokens in a step, for --steps"),
             ("--k", int, "N", Options.k, "lookahead"), ("--tree", str, "TREE", None, "as in generate.py"),
-            ("--ctas", int, "N", None, "CTA budget of the target's linears in ssd (GPU; default: one a multiprocessor)"),
+            ("--ctas", numbers, "N,KB", None, "CTAs of a linear of ssd's target, KB in flight in each (GPU; default: its SMs,48)"),
             ("--fanout-budget", int, "N", Options.fanout_budget, "outcomes guessed in a round"),
             ("--sweep", names, "k,fanout,tree,cta", [], "also time other values of these"),
             ("--steps", names, "SHAPES", None, "time single steps with random weights"),
@@ -61,11 +61,12 @@ def parse_flags(argv, description=None):
         add(flag, action="store_true", help=help)
     args = parser.parse_args(argv)
     shapes, work = args.target_shape and not args.predict, (args.steps, args.kernels, args.predict, args.speculation)
-    optional = args.repeats, args.round_draft, args.ctas
+    optional = args.repeats, args.round_draft, *(args.ctas or [])
     drafts = args.draft or args.round_draft or args.draft_shape or not (args.target or args.target_shape)
     for wrong, message in (
         (min(*args.batch, *(args.context or []), *args.rows, args.sequences, *(n for n in optional if n is not None)) < 1,
          "--batch, --sequences, --context, --rows, --repeats, --round-draft and --ctas must be at least 1"),
+        (len(args.ctas or [1]) > 2, "--ctas takes CTAs and KB in flight in each, such as 132,48"),
         (max(args.rows) > 128, "--rows: a step takes at most 128 tokens"),
         (args.max_new_tokens < 32, f"--max-new-tokens must be at least 32 to be timed, got {args.max_new_tokens}"),
         (not 0 <= args.temperature < math.inf, f"--temperature must be at least 0, got {args.temperature}"),

@@ -28,7 +28,7 @@ def transformers_contestants(pair, sampling, new_tokens, k):
 
     class Contestant:
         def __init__(self, mode, helper):
-            self.mode, self.helper, self.options, self.ctas, self.stats = mode, helper, None, None, Stats()
+            self.mode, self.helper, self.options, self.share, self.stats = mode, helper, None, None, Stats()
 
         @torch.inference_mode()
         def run(self, group, seeds):

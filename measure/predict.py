@@ -26,26 +26,25 @@ def over_ar(plans, *modes):
                 **{mode: plans[mode].tokens_per_second / ar for mode in modes})
 
 
-def parts(pair, stats, sampling, options, context, ctas):
-    """(seconds of a round's parts, what the model makes of them) for chains, batch 1, the target of ssd on `ctas` programs.
+def parts(pair, stats, sampling, options, context, share):
+    """(seconds of a round's parts, what the model makes of them) for chains, batch 1, ssd's target with `share`.
 
     Each part alone: "ar" a target step, "verify" of K+1 tokens, "draft" a step, "branches" a step with the whole budget; and
     "together", a verify beside the next round's drafting. stats: of a run, from which acceptance is known.
     """
     k, budget = options.k, options.fanout_budget
-    times = measure(pair.target, pair.draft, sampling, 1, context, k, budget, dict.fromkeys((None, ctas)), widths=False)
-    times.overlap = [[limit, e] for limit, e in times.overlap if limit == ctas]
+    times = measure(pair.target, pair.draft, sampling, 1, context, k, budget, [share], widths=False)
     tree, fan = make_plan(options, stats, pair.draft)
     found = dict(k=k, budget=budget, ar=times.verify_seconds(1), verify=times.verify_seconds(k + 1),
                  draft=interpolate(times.draft, 1), branches=interpolate(times.draft, budget),
-                 together=times.together_seconds(tree, sum(fan), ctas))
+                 together=times.together_seconds(tree, sum(fan), share))
     return found, over_ar(choose(times, stats, pair.draft, options, ("k", "tree", "fanout_budget")), "sd", "ssd")
 
 
 def predictions(target, draft, name, context):
     """The best chains and fan-outs of two models (random ones will do) for every acceptance rate. Returns a list of dicts."""
     times = measure(target, draft, context=context)
-    apart = replace(times, overlap=[[None, 1.0]])           # on two GPUs the shorter side disappears beside the longer one
+    apart = replace(times, slowdown=[[None, 1.0, 1.0]])     # on two GPUs the shorter side disappears beside the longer one
     step = dict(draft=name, ar_ms=1e3 * times.verify_seconds(1), draft_ms=1e3 * interpolate(times.draft, 1),
                 branch_ms=1e3 * interpolate(times.draft, 16))
     rows = []

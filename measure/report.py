@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from errors import UserError
+from kernels import Share
 from measure.plot import plot
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +56,7 @@ def run_lines(head, card):
              f"{head['prompts']} prompts of {least if least == most else f'{least} to {most}'} tokens, up to "
              f"{head['new_tokens']} new ones each, {guess}; " +
              (f"{speculation}, {options['fanout_budget']} outcomes guessed ({options['fanout']} fan-out)" +
-              (f", ssd's target on {head['ctas']} CTAs; " if head["ctas"] else "; ")
+              (f", ssd's target with {Share(*head['share'])}; " if head["share"] else "; ")
               if len(head["parameters"]) > 1 else "") + f"{head['repeats']} repeats.", ""]
     ceiling = (f"Ceiling: a target step reads {gigabytes(head['weight_bytes'])} of weights and {gigabytes(head['kv_bytes'])} of "
                f"K and V, at least {head['floor_ms']:.3f} ms, {1e3 * head['batch'] / head['floor_ms']:.0f} tok/s for ar.")

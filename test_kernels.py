@@ -125,6 +125,30 @@ def test_qkv_rope(B, T, H, KV, D):
     check(got, lambda x, norm, w: run(linear.qkv_rope_ref, stream(x), norm, w), x, norm, w)
 
 
+@pytest.mark.parametrize("rows, split, share", [(rows, split, kernels.Share(*share)) for rows, split, share in itertools.product(
+    ROWS, (1, 2), ((3, 48), (4, 1)))])
+def test_the_share_of_a_gpu_shows_in_no_bit(rows, split, share, monkeypatch):
+    """A few programs that take many blocks each, with few bytes in flight, write what a full grid writes."""
+    monkeypatch.setattr(launch, "blocks_for", lambda *a: launch.Blocks(16, 32, 3, 4, split))
+    K, N, KV, D = (1536, 640, 2, 64) if CUDA else (96, 144, 1, 16)
+    H = N // D - 2 * KV
+    x, w, norm, residual = randn(1, rows, K), randn(N, K, scale=K ** -0.5), randn(K), randn(1, rows, N)
+    angles, slots = torch.rand(1, rows, D // 2, device=DEVICE), torch.arange(rows, device=DEVICE)[None]
+    seeds, positions = torch.zeros(1, device=DEVICE, dtype=torch.int64), torch.arange(rows, device=DEVICE)[None]
+    assert launch.Launch(x, w, share=share).grid[0] == share.ctas < launch.Launch(x, w).grid[0]
+
+    def run(**share):
+        cache, sums = torch.zeros(2, 1, KV, rows, D, device=DEVICE, dtype=DTYPE), torch.zeros(1, rows, device=DEVICE, dtype=torch.int64)
+        added = linear.add_linear(x, w, linear.Stream(residual, None, None), randn(N).fill_(0.5), sums, **share)
+        outs = [linear.linear(x, w, **share), *added, linear.swiglu_linear(stream(x, norm), norm, 1e-5, w, **share),
+                linear.qkv_rope(stream(x, norm), norm, 1e-5, w, angles.cos(), angles.sin(), slots, *cache, **share), cache,
+                head.best(x, w, 3, 0.8, seeds, 0, positions, **share)]
+        assert outs[-2].any() and H > 0
+        return outs
+    for full, few in zip(run(), run(share=share)):
+        assert torch.equal(full, few)
+
+
 def test_sequences_may_lie_far_apart():
     """A batch of long texts: between two sequences lie more elements of K than 32 bits can count."""
     B, T, H, KV, C, D, K = 3, 2, 2, 1, 8, 16, 32

@@ -12,8 +12,10 @@ import triton.language as tl
 
 PREFETCH = 64 << 10                     # bytes of weights that a waiting program fetches into L2
 SHARED_MEMORY = 200e3, 84e3             # bytes of tiles in flight that fit beside 16 KB for the end: on a Hopper GPU, on any other
-FETCHED, LATE = 8 << 10, 4              # beside another model: bytes fetched, steps before the end at which the next may start
+FETCHED = 8 << 10                       # the same beside another model
+LATE = tl.constexpr(4)                  # steps along K before its end at which a streaming kernel lets the next one start
 MAX_ROWS = 128                          # rows of x that the skinny kernels take; above that, cuBLAS is the right tool
+AT_ONCE, MOST_K = 4 << 20, 2048         # a weight of fewer elements, and no more of them in a row, is taken at once
 
 
 class Int8Weight(NamedTuple):
@@ -50,8 +52,7 @@ SM90 = {
     (4096, 14336): Blocks(64, 128, 6, 4, 2), (128256, 4096): Blocks(64, 128, 6, 4),                     # Llama 3.1 8B
     (3072, 2048): Blocks(32, 256, 6, 4), (2048, 2048): Blocks(64, 128, 4, 4, 4), (16384, 2048): Blocks(32, 256, 3, 4),
     (2048, 8192): Blocks(64, 128, 6, 4, 4), (128256, 2048): Blocks(64, 128, 6, 4),                      # Llama 3.2 1B
-    (960, 576): Blocks(16, 128, 3, 4), (576, 576): Blocks(16, 256, 3, 2), (3072, 576): Blocks(16, 128, 5, 2),
-    (576, 1536): Blocks(16, 512, 3, 2), (49152, 576): Blocks(128, 64, 6, 4),                            # SmolLM2 135M
+    (49152, 576): Blocks(128, 64, 6, 4),                                                                # SmolLM2 135M
 }
 
 
@@ -61,14 +62,12 @@ SM90_WIDE = {
     (4096, 14336): Blocks(64, 128, 5, 4, 2), (128256, 4096): Blocks(64, 128, 3, 4),                     # Llama 3.1 8B
     (3072, 2048): Blocks(32, 256, 3, 4), (2048, 2048): Blocks(64, 128, 4, 4, 4), (16384, 2048): Blocks(64, 128, 3, 4),
     (2048, 8192): Blocks(64, 128, 5, 4, 4), (128256, 2048): Blocks(64, 128, 3, 4),                      # Llama 3.2 1B
-    (960, 576): Blocks(16, 128, 5, 4), (3072, 576): Blocks(64, 128, 5, 4), (49152, 576): Blocks(128, 64, 3, 4),
-    (576, 1536): Blocks(16, 256, 5, 4),                                                                 # SmolLM2 135M
+    (49152, 576): Blocks(128, 64, 3, 4),                                                                # SmolLM2 135M
 }
 SM90_INT8 = {           # int8 weights, any number of rows; others follow `blocks_for`
     (3072, 2048): Blocks(32, 256, 6, 4), (2048, 2048): Blocks(32, 256, 3, 4, 2), (16384, 2048): Blocks(64, 256, 4, 2),
     (2048, 8192): Blocks(32, 256, 6, 4, 4), (128256, 2048): Blocks(64, 256, 3, 2),                      # Llama 3.2 1B
-    (960, 576): Blocks(16, 128, 3, 2), (576, 576): Blocks(16, 128, 5, 4), (3072, 576): Blocks(32, 128, 5, 4),
-    (576, 1536): Blocks(16, 128, 3, 1, 4), (49152, 576): Blocks(128, 64, 3, 2),                         # SmolLM2 135M
+    (49152, 576): Blocks(128, 64, 3, 2),                                                                # SmolLM2 135M
 }
 
 
@@ -92,6 +91,13 @@ def blocks_for(N, K, rows=1, int8=False):
     return narrow
 
 
+def warps_at_once(N, K):
+    """Warps of a program that takes a weight [N, K] at once (kernels/at_once.py), each with a part of K; 0: it's too large."""
+    if K % 64 or K > MOST_K or N * K >= AT_ONCE:
+        return 0
+    return 8 if K > 1024 and K % 128 == 0 else 4
+
+
 class Share(NamedTuple):
     """What the linears of a model may use of a GPU while another model works beside it."""
     ctas: int                           # programs, where there is work for twice as many; they then loop
@@ -101,12 +107,25 @@ class Share(NamedTuple):
         return f"{self.ctas} CTAs, {self.in_flight} KB in flight in each"
 
 
+class AtOnce:
+    """Shapes, grid and launch options of a linear x [..., K], w [N, K] or Int8Weight that is taken at once; `warps` 0: it isn't."""
+
+    def __init__(self, x, w):
+        self.INT8 = isinstance(w, Int8Weight)
+        self.weight, self.scale = w if self.INT8 else (w, w)
+        (self.N, self.K), self.M = self.weight.shape, x.numel() // x.shape[-1]
+        assert x.shape[-1] == self.K and x.is_contiguous() and self.weight.is_contiguous()
+        self.warps = warps_at_once(self.N, self.K)
+        self.grid = triton.cdiv(self.N, 16), triton.cdiv(self.M, 16)
+        self.shape = dict(BM=16, BN=16, PARTS=self.warps, PIECES=self.K.bit_count(), INT8=self.INT8, PDL=pdl(x.device),
+                          num_warps=self.warps, **launch_options(x.device))
+
+
 class Launch:
     """Shapes, block shapes, grid and launch options of one skinny linear: x [..., K] with M rows, w [N, K] or Int8Weight.
 
     most: the largest BN that fits. share: None, or a Share beside another model. What that one asks the memory for waits behind
-    all that this one has asked for, so few bytes are in flight, and the next kernel comes late: its shared memory is what the
-    other model's small kernels wait for.
+    all that this one has asked for, so few bytes are in flight.
     """
 
     def __init__(self, x, w, most=1 << 30, share=None):
@@ -126,7 +145,6 @@ class Launch:
         tile = lambda: (self.BN * self.weight.element_size() + self.BM * x.element_size()) * self.BK
         while tile() * stages > SHARED_MEMORY[not is_hopper()] and (stages > 2 or self.BK > 32):
             stages, self.BK = (stages - 1, self.BK) if stages > 2 else (stages, self.BK // 2)
-        self.late = 0 if share is None else LATE
         self.grid = (programs,)
         self.options = dict(PREFETCH=fetch, PDL=pdl(x.device), num_warps=warps, num_stages=stages, **launch_options(x.device))
 
@@ -150,22 +168,23 @@ def launch_options(device):
 
 
 @triton.jit
-def wait_for_inputs(PDL: tl.constexpr, LATE: tl.constexpr = 0):
-    """Wait until what the previous kernel wrote is visible, then let the next one start (with LATE, `next_may_start` does).
+def wait_for_inputs(PDL: tl.constexpr, LATER: tl.constexpr = False):
+    """Wait until what the previous kernel wrote is visible, then let the next one start, unless `next_may_start` does so LATER.
 
     In this order a kernel that has started knows that all but its direct predecessor are done: their outputs may be read
     before the wait.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()
-        if LATE == 0:
+        if not LATER:
             tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def next_may_start(left, PDL: tl.constexpr, LATE: tl.constexpr):
-    """To be called in every step of a loop, with how many are left: with LATE, the next kernel may start when it's so many."""
-    if PDL and LATE > 0:
+def next_may_start(left, PDL: tl.constexpr):
+    """To be called in every step of a loop, with how many are left. What the next kernel asks for must not delay this one's
+    weights, nor its shared memory take the room of another model's kernels."""
+    if PDL:
         if left == LATE:
             tl.extra.cuda.gdc_launch_dependents()
 

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels.launch import Int8Weight, Launch, dense, next_may_start, prefetch, wait_for_inputs
-
-FIXED = tl.constexpr(2.0**28)           # a sum of squares is an int64 in units of 2^-28 (up to 3.4e10, overflow beyond)
+from kernels import at_once
+from kernels.finish import (FIXED, angles_at, finish, finish_qkv, finish_swiglu, paired_rows, rms_scale, stream_at,  # noqa: F401
+                            weight_scale)
+from kernels.launch import AtOnce, Int8Weight, Launch, dense, next_may_start, prefetch, wait_for_inputs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,89 +109,47 @@ def multiply(x_ptr, w_ptr, rows, k, M, N, K: tl.constexpr, BM: tl.constexpr, BK:
 
 
 @triton.jit
-def rms_scale(total, eps, K: tl.constexpr):
-    """1 / rms of each row of x, [BM] fp32, from its sums of squares."""
-    return tl.rsqrt(total.to(tl.float32) / FIXED / K + eps)
-
-
-@triton.jit
-def weight_scale(acc, scale_ptr, rows, N, INT8: tl.constexpr):
-    """Undo the per-row scale of an int8 weight."""
-    if INT8:
-        acc = acc * tl.load(scale_ptr + rows, mask=rows < N, other=0.0)[:, None]
-    return acc
-
-
-@triton.jit
-def stream_at(residual_ptr, norm_ptr, rows, M, N, BM: tl.constexpr, ADD: tl.constexpr):
-    """What a block of the stream was [BN, BM], and the next norm's weight for it [BN] (without ADD: anything)."""
-    m = tl.arange(0, BM)
-    inside = (rows < N)[:, None] & (m < M)[None, :] & ADD
-    return (tl.load(residual_ptr + m[None, :] * N + rows[:, None], mask=inside, other=0.0),
-            tl.load(norm_ptr + rows, mask=(rows < N) & ADD, other=0.0))
-
-
-@triton.jit
-def finish(y, residual, norm, scale_ptr, y_ptr, weighed_ptr, sums_ptr, rows, M, N, BM: tl.constexpr, INT8: tl.constexpr,
-           ADD: tl.constexpr):
-    """Write a block y [BN, BM] of x W^T; with ADD, of the stream: + residual, then y * norm and the sums of y^2 too."""
-    m = tl.arange(0, BM)
-    inside = (rows < N)[:, None] & (m < M)[None, :]
-    at = m[None, :] * N + rows[:, None]
-    y = weight_scale(y, scale_ptr, rows, N, INT8)
-    if ADD:
-        y += residual.to(tl.float32)
-    y = y.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + at, y, mask=inside)
-    if ADD:
-        y = tl.where(inside, y.to(tl.float32), 0.0)
-        tl.store(weighed_ptr + at, (y * norm.to(tl.float32)[:, None]).to(y_ptr.dtype.element_ty), mask=inside)
-        tl.atomic_add(sums_ptr + m, tl.sum((y * y * FIXED).to(tl.int64), axis=0), mask=m < M, sem="relaxed")
-
-
-@triton.jit
 def linear_kernel(x_ptr, w_ptr, scale_ptr, residual_ptr, norm_ptr, y_ptr, weighed_ptr, sums_ptr, M, N, K: tl.constexpr,
-                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LATE: tl.constexpr,
+                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                   INT8: tl.constexpr, ADD: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):
     """y = x W^T, or the next stream."""
-    n = tl.arange(0, BN)
+    m, n = tl.arange(0, BM), tl.arange(0, BN)
     STEPS: tl.constexpr = (K + BK - 1) // BK
     first, programs = tl.program_id(0), tl.num_programs(0)
     prefetch(w_ptr, first * BN, N, K, 0, BN, PREFETCH, PDL)
-    wait_for_inputs(PDL, LATE)
-    residual, norm = stream_at(residual_ptr, norm_ptr, first * BN + n, M, N, BM, ADD)
+    wait_for_inputs(PDL, LATER=True)
+    residual, norm = stream_at(residual_ptr, norm_ptr, first * BN + n, m, M, N, ADD)
     acc = tl.zeros([BN, BM], tl.float32)
     steps = tl.cdiv(tl.cdiv(N, BN) - first, programs) * STEPS
     for step in range(steps):
-        next_may_start(steps - step, PDL, LATE)
+        next_may_start(steps - step, PDL)
         block = first + step // STEPS * programs
         acc = multiply(x_ptr, w_ptr, block * BN + n, step % STEPS * BK, M, N, K, BM, BK, acc)
         if step % STEPS == STEPS - 1:
-            finish(acc, residual, norm, scale_ptr, y_ptr, weighed_ptr, sums_ptr, block * BN + n, M, N, BM,
-                   INT8, ADD)
+            finish(acc, residual, norm, scale_ptr, y_ptr, weighed_ptr, sums_ptr, block * BN + n, m, M, N, INT8, ADD)
             acc = tl.zeros([BN, BM], tl.float32)
-            residual, norm = stream_at(residual_ptr, norm_ptr, (block + programs) * BN + n, M, N, BM, ADD)
+            residual, norm = stream_at(residual_ptr, norm_ptr, (block + programs) * BN + n, m, M, N, ADD)
 
 
 @triton.jit
 def split_kernel(x_ptr, w_ptr, scale_ptr, residual_ptr, norm_ptr, y_ptr, weighed_ptr, sums_ptr, part_ptr, count_ptr, M, N,
-                 K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, LATE: tl.constexpr,
+                 K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                  SPLIT: tl.constexpr, INT8: tl.constexpr, ADD: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):
     """The same with SPLIT programs a block. Work p is part p % SPLIT of K of block p // SPLIT; whoever is last adds up."""
     m, n = tl.arange(0, BM), tl.arange(0, BN)
     SPAN: tl.constexpr = (K + 512 * SPLIT - 1) // (512 * SPLIT) * 512       # of K a part: whole steps for any BK
     first = tl.program_id(0)
     prefetch(w_ptr, first // SPLIT * BN, N, K, (first % SPLIT) * SPAN, BN, PREFETCH, PDL)
-    wait_for_inputs(PDL, LATE)
+    wait_for_inputs(PDL, LATER=True)
     for work in range(first, tl.cdiv(N, BN) * SPLIT, tl.num_programs(0)):
         block, part = work // SPLIT, work % SPLIT
         rows = block * BN + n
         if BM == 16:                                                        # asked for early, it is here when needed
-            residual, norm = stream_at(residual_ptr, norm_ptr, rows, M, N, BM, ADD)
+            residual, norm = stream_at(residual_ptr, norm_ptr, rows, m, M, N, ADD)
         acc = tl.zeros([BN, BM], tl.float32)
         end = tl.minimum(part * SPAN + SPAN, K)
         for k in range(part * SPAN, end, BK):
-            next_may_start(tl.cdiv(end - k, BK), PDL, LATE)
+            next_may_start(tl.cdiv(end - k, BK), PDL)
             acc = multiply(x_ptr, w_ptr, rows, k, M, N, K, BM, BK, acc)
         tile = part_ptr + block * SPLIT * BN * BM + n[:, None] * BM + m[None, :]
         tl.store(tile + part * BN * BM, acc)
@@ -202,26 +161,13 @@ def split_kernel(x_ptr, w_ptr, scale_ptr, residual_ptr, norm_ptr, y_ptr, weighed
                 acc += tl.load(tile + other * BN * BM, volatile=True)
             tl.store(count_ptr + block, 0)                                  # ready for the next launch
             if BM > 16:
-                residual, norm = stream_at(residual_ptr, norm_ptr, rows, M, N, BM, ADD)
-            finish(acc, residual, norm, scale_ptr, y_ptr, weighed_ptr, sums_ptr, rows, M, N, BM, INT8, ADD)
-
-
-@triton.jit
-def paired_rows(block, half, BN: tl.constexpr):
-    """Rows of a block that takes BN/2 rows each from two places `half` apart, interleaved: [BN]."""
-    n = tl.arange(0, BN)
-    return block * (BN // 2) + n // 2 + (n % 2) * half
-
-
-@triton.jit
-def unpair(acc, BN: tl.constexpr, BM: tl.constexpr):
-    """Split the interleaved rows of acc [BN, BM] again: two [BN/2, BM]."""
-    return tl.split(tl.permute(tl.reshape(acc, [BN // 2, 2, BM]), [0, 2, 1]))
+                residual, norm = stream_at(residual_ptr, norm_ptr, rows, m, M, N, ADD)
+            finish(acc, residual, norm, scale_ptr, y_ptr, weighed_ptr, sums_ptr, rows, m, M, N, INT8, ADD)
 
 
 @triton.jit
 def swiglu_kernel(x_ptr, sums_ptr, eps, w_ptr, scale_ptr, y_ptr, M, N, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                  BK: tl.constexpr, LATE: tl.constexpr, INT8: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):
+                  BK: tl.constexpr, INT8: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):
     """y [M, N/2] = silu(gate) * up; a block holds BN/2 gate rows and the up rows that go with them."""
     m = tl.arange(0, BM)
     half = N // 2
@@ -229,37 +175,25 @@ def swiglu_kernel(x_ptr, sums_ptr, eps, w_ptr, scale_ptr, y_ptr, M, N, K: tl.con
     first, programs = tl.program_id(0), tl.num_programs(0)
     prefetch(w_ptr, first * (BN // 2), half, K, 0, BN // 2, PREFETCH // 2, PDL)
     prefetch(w_ptr + half * K, first * (BN // 2), half, K, 0, BN // 2, PREFETCH // 2, PDL)
-    wait_for_inputs(PDL, LATE)
+    wait_for_inputs(PDL, LATER=True)
     sums = tl.load(sums_ptr + m, mask=m < M, other=0)                       # used at last: asking for it delays nothing
     acc = tl.zeros([BN, BM], tl.float32)
     steps = tl.cdiv(tl.cdiv(half, BN // 2) - first, programs) * STEPS
     for step in range(steps):
-        next_may_start(steps - step, PDL, LATE)
+        next_may_start(steps - step, PDL)
         block = first + step // STEPS * programs
         rows = paired_rows(block, half, BN)
         acc = multiply(x_ptr, w_ptr, rows, step % STEPS * BK, M, N, K, BM, BK, acc)
         if step % STEPS == STEPS - 1:
             y = weight_scale(acc, scale_ptr, rows, N, INT8) * rms_scale(sums, eps, K)[None, :]
-            gate, up = unpair(y, BN, BM)
-            y = gate * tl.sigmoid(gate) * up
-            n = block * (BN // 2) + tl.arange(0, BN // 2)
-            tl.store(y_ptr + m[None, :] * half + n[:, None], y.to(y_ptr.dtype.element_ty),
-                     mask=(n < half)[:, None] & (m < M)[None, :])
+            finish_swiglu(y, y_ptr, block * (BN // 2), m, M, half, BN, BM)
             acc = tl.zeros([BN, BM], tl.float32)
-
-
-@triton.jit
-def angles_at(cos_ptr, sin_ptr, pair, M, D: tl.constexpr, BM: tl.constexpr):
-    """cos and sin of some RoPE pairs [P] of all rows: [P, BM]."""
-    m = tl.arange(0, BM)
-    at, live = m[None, :] * (D // 2) + pair[:, None], (m < M)[None, :]
-    return tl.load(cos_ptr + at, mask=live, other=0.0), tl.load(sin_ptr + at, mask=live, other=0.0)
 
 
 @triton.jit
 def qkv_kernel(x_ptr, sums_ptr, eps, w_ptr, scale_ptr, cos_ptr, sin_ptr, slot_ptr, q_ptr, k_ptr, v_ptr, M, T,
                H: tl.constexpr, KV: tl.constexpr, stride_b, stride_h, K: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-               BN: tl.constexpr, BK: tl.constexpr, LATE: tl.constexpr, INT8: tl.constexpr, PREFETCH: tl.constexpr,
+               BN: tl.constexpr, BK: tl.constexpr, INT8: tl.constexpr, PREFETCH: tl.constexpr,
                PDL: tl.constexpr):
     """q [M, H, D], and K, V in their slots; a block holds BN/2 RoPE pairs (i, i + D/2) of one head."""
     m, pairs = tl.arange(0, BM), tl.arange(0, BN // 2)
@@ -270,39 +204,21 @@ def qkv_kernel(x_ptr, sums_ptr, eps, w_ptr, scale_ptr, cos_ptr, sin_ptr, slot_pt
     top = first // BLOCKS * D + first % BLOCKS * (BN // 2)
     prefetch(w_ptr, top, N, K, 0, BN // 2, PREFETCH // 2, PDL)
     prefetch(w_ptr, top + D // 2, N, K, 0, BN // 2, PREFETCH // 2, PDL)
-    wait_for_inputs(PDL, LATE)
-    live = (m < M)[None, :]
+    wait_for_inputs(PDL, LATER=True)
     sums, slot = tl.load(sums_ptr + m, mask=m < M, other=0), tl.load(slot_ptr + m, mask=m < M, other=0)
-    cos, sin = angles_at(cos_ptr, sin_ptr, first % BLOCKS * (BN // 2) + pairs, M, D, BM)
+    cos, sin = angles_at(cos_ptr, sin_ptr, first % BLOCKS * (BN // 2) + pairs, m, M, D)
     acc = tl.zeros([BN, BM], tl.float32)
     steps = tl.cdiv(N // BN - first, programs) * STEPS
     for step in range(steps):
-        next_may_start(steps - step, PDL, LATE)
+        next_may_start(steps - step, PDL)
         block = first + step // STEPS * programs
-        head = block // BLOCKS
-        rows = head * D + paired_rows(block % BLOCKS, D // 2, BN)
+        rows = block // BLOCKS * D + paired_rows(block % BLOCKS, D // 2, BN)
         acc = multiply(x_ptr, w_ptr, rows, step % STEPS * BK, M, N, K, BM, BK, acc)
         if step % STEPS == STEPS - 1:
             y = weight_scale(acc, scale_ptr, rows, N, INT8) * rms_scale(sums, eps, K)[None, :]
-            a, b = unpair(y.to(q_ptr.dtype.element_ty).to(tl.float32), BN, BM)
-            i = (block % BLOCKS * (BN // 2) + pairs)[:, None]                               # pair within the head
-            if head < H + KV:                                               # q and k are rotated, v is not
-                a, b = a * cos - b * sin, b * cos + a * sin
-            a, b = a.to(q_ptr.dtype.element_ty), b.to(q_ptr.dtype.element_ty)
-            if head < H:
-                at = q_ptr + (m[None, :] * H + head) * D + i
-                tl.store(at, a, mask=live)
-                tl.store(at + D // 2, b, mask=live)
-            else:
-                row = (m // T).to(tl.int64) * stride_b + ((head - H) % KV) * stride_h + slot * D         # [BM] int64
-                if head < H + KV:
-                    tl.store(k_ptr + row[None, :] + i, a, mask=live)
-                    tl.store(k_ptr + row[None, :] + i + D // 2, b, mask=live)
-                else:
-                    tl.store(v_ptr + row[None, :] + i, a, mask=live)
-                    tl.store(v_ptr + row[None, :] + i + D // 2, b, mask=live)
+            finish_qkv(y, cos, sin, slot, q_ptr, k_ptr, v_ptr, block, m, M, T, H, KV, stride_b, stride_h, D, BN, BM)
             acc = tl.zeros([BN, BM], tl.float32)
-            cos, sin = angles_at(cos_ptr, sin_ptr, (block + programs) % BLOCKS * (BN // 2) + pairs, M, D, BM)
+            cos, sin = angles_at(cos_ptr, sin_ptr, (block + programs) % BLOCKS * (BN // 2) + pairs, m, M, D)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,9 +240,14 @@ def add_linear(x, w, stream, norm, sums, share=None):
 
 
 def launch_linear(x, w, outputs, add, share):
-    """Launch linear_kernel or split_kernel. outputs: what stands between scale_ptr and M among their arguments."""
+    """Launch one of the kernels. outputs: what stands between scale_ptr and M among their arguments."""
+    launch = AtOnce(x, w)
+    if launch.warps:
+        at_once.linear_kernel[launch.grid](x, launch.weight, launch.scale, *outputs, launch.M, launch.N, launch.K, ADD=add,
+                                           **launch.shape)
+        return
     launch = Launch(x, w, share=share)
-    shape = launch.M, launch.N, launch.K, launch.BM, launch.BN, launch.BK, launch.late
+    shape = launch.M, launch.N, launch.K, launch.BM, launch.BN, launch.BK
     if launch.SPLIT == 1:
         linear_kernel[launch.grid](x, launch.weight, launch.scale, *outputs, *shape, launch.INT8, add, **launch.options)
     else:
@@ -336,12 +257,16 @@ def launch_linear(x, w, outputs, add, share):
 
 def swiglu_linear(stream, norm, eps, w, share=None):
     """As swiglu_linear_ref; the norm's weight is in stream.weighed."""
-    x = stream.weighed
-    launch = Launch(x, w, share=share)
+    x, launch = stream.weighed, AtOnce(stream.weighed, w)
     y = torch.empty(*x.shape[:-1], launch.N // 2, device=x.device, dtype=x.dtype)
+    if launch.warps:
+        at_once.swiglu_kernel[launch.grid](x, stream.sums, eps, launch.weight, launch.scale, y, launch.M, launch.N, launch.K,
+                                           **launch.shape)
+        return y
+    launch = Launch(x, w, share=share)
     swiglu_kernel[launch.grid](
         x, stream.sums, eps, launch.weight, launch.scale, y, launch.M, launch.N, launch.K, launch.BM, launch.BN, launch.BK,
-        launch.late, launch.INT8, **launch.options)
+        launch.INT8, **launch.options)
     return y
 
 
@@ -350,12 +275,16 @@ def qkv_rope(stream, norm, eps, w, cos, sin, slots, k_cache, v_cache, share=None
     x = stream.weighed
     B, T, _ = x.shape
     _, KV, _, D = k_cache.shape
-    launch = Launch(x, w, most=D, share=share)
+    launch = AtOnce(x, w)
     H = launch.N // D - 2 * KV
     assert k_cache.stride() == v_cache.stride() and k_cache.stride()[2:] == (D, 1)
     q = torch.empty(B, T, H, D, device=x.device, dtype=x.dtype)
-    qkv_kernel[launch.grid](
-        x, stream.sums, eps, launch.weight, launch.scale, cos, sin, slots.contiguous(), q, k_cache, v_cache, launch.M, T, H,
-        KV, k_cache.stride(0), k_cache.stride(1), launch.K, D, launch.BM, launch.BN, launch.BK,
-        launch.late, launch.INT8, **launch.options)
+    inputs = x, stream.sums, eps, launch.weight, launch.scale, cos, sin, slots.contiguous()
+    shape = launch.M, T, H, KV, k_cache.stride(0), k_cache.stride(1), launch.K, D
+    if launch.warps and D >= 16:
+        at_once.qkv_kernel[launch.grid](*inputs, q, k_cache, v_cache, *shape, **launch.shape)
+        return q
+    launch = Launch(x, w, most=D, share=share)
+    qkv_kernel[launch.grid](*inputs, q, k_cache, v_cache, *shape, launch.BM, launch.BN, launch.BK, launch.INT8,
+                            **launch.options)
     return q

@@ -23,7 +23,8 @@ L2_BYTES = 300e6        # weights to rotate over: several times any L2 cache
 
 
 def operations(shape):
-    """(op, N, K, head_dim, kv heads) of a layer's linears and the head."""
+    """(op, N, K, head_dim, kv heads) of a layer's linears and the head. "best" is the head; of the others small ones have no
+    block shapes to choose."""
     c = SHAPES[shape]
     heads = c.n_heads * c.head_dim
     return [("qkv", heads + 2 * c.n_kv_heads * c.head_dim, c.dim, c.head_dim, c.n_kv_heads),
@@ -32,18 +33,14 @@ def operations(shape):
 
 
 def candidates(op, N, K, head_dim, element_size, rows):
-    """Block shapes worth trying: tiles in flight of 32 to 200 KB, a grid that isn't tiny (smaller where x is what moves)."""
-    for BN, BK, stages, warps, split in itertools.product((16, 32, 64, 128), (64, 128, 256, 512), (2, 3, 4, 5, 6, 9),
-                                                          (1, 2, 4, 8), (1, 2, 4)):
+    """Block shapes worth trying: tiles in flight of 24 to 115 KB, a grid that isn't tiny."""
+    for BN, BK, stages, warps, split in itertools.product((16, 32, 64, 128), (64, 128, 256, 512), (2, 3, 4, 5, 6),
+                                                          (2, 4, 8), (1, 2, 4)):
         flight, programs, steps = BN * BK * element_size * stages, -(-N // BN) * split, -(-K // BK // split)
-        small = N * K < 4e6                         # latency counts there, not bytes in flight
-        least = 24 if small else 40 if rows > 16 else 90
         usual = 2 if element_size == 1 and BN >= 64 else 8 if BN * BK >= 64 * 256 else 4       # 2: see blocks_for
-        if (not (4e3 if small else 24e3) * element_size < flight < 115e3 or stages > max(2, steps) or BK > K
+        if (not 24e3 * element_size < flight < 115e3 or stages > max(2, steps) or BK > K or K % BK or warps != usual
                 or head_dim and BN > head_dim or split > 1 and (op != "linear" or programs > 600 or steps < 2)
-                or programs < least or BN > 32 and programs > 4200 or BN < 32 * element_size and N > 100000
-                or ((warps == 8) != (usual == 8) or stages in (2, 4, 6) if small else
-                    warps != usual or stages > 6 or K % BK)):
+                or programs < (40 if rows > 16 else 90) or BN > 32 and programs > 4200 or BN < 32 * element_size and N > 100000):
             continue
         yield Blocks(BN, BK, stages, warps, split)
 
@@ -120,6 +117,8 @@ def main(argv=None):
         plans = {}
         for shape in args.shapes.split(","):
             for operation in operations(shape):
+                if operation[0] != "best" and launch.warps_at_once(*operation[1:3]):
+                    continue
                 blocks = list(candidates(*operation[:4], 1 if args.int8 else 2, args.rows))
                 if args.rows > 16 and not args.int8:    # the split shows in the bits: it is that of a single row
                     split = launch.blocks_for(*operation[1:3]).split

@@ -188,6 +188,7 @@ class Batch:
         self.sources = ["neural"] * len(prompts)    # where each sequence's speculation came from
         self.kind = None                            # SSD: "hit", or the backup that this round waited for
         self.read_back, self.posted, self.read = ReadBack(depth=2), [], 0
+        self.uncounted = None                       # an outcome that has been read: what it gives out, and where from
         self.replan_at = max(16, power_of_two_above(self.stats.rounds))     # see plan.time_to_replan
         self.ahead = 1 if target.device.type == "cuda" else 0       # rounds that may run before their predecessor is read
 
@@ -241,50 +242,66 @@ class Batch:
         The first round is always due: the second takes long to start, as its graphs are recorded then.
         """
         while len(self.posted) > (self.ahead if self.read and all(self.left) and not drain else 0):
-            chunks, _ = self.finish_round(tree)
+            chunks = self.finish_round(tree)
             if not any(self.left):
                 self.close()
             if chunks:
                 yield chunks
 
-    def finish_round(self, tree, drafter=None):
-        """Wait for the oldest outcome posted (the one host sync of a round), count it, and cut the text to what is wanted.
+    def finish_round(self, tree):
+        """Wait for the oldest outcome posted and count it. Returns its chunks."""
+        self.read_outcome(tree)
+        return self.count_outcome()
 
-        Returns (chunks, whether each sequence hit). drafter: SSD's, whose guesses are counted.
+    def read_outcome(self, tree, drafter=None):
+        """Wait for the oldest outcome posted (the one host sync of a round), and cut its text to what is wanted.
+
+        Returns whether each sequence hit; `left` says who goes on. Nothing else has to be known for the next round to start: the
+        rest is left to `count_outcome`. drafter: SSD's, whose guesses are counted.
         """
-        stats, K = self.stats, tree.depth
-        self.read += 1
-        with stats.span("read-back", "host", stats.rounds):
+        K = tree.depth
+        with self.stats.span("read-back", "host", self.stats.started - len(self.posted)):
             report, found = (*self.posted.pop(0)(), None)[:2]
-        drafter = drafter if found else None                                # a round of SD: nothing was looked up
-        chunks, hits, lookups = [], [], []
+        self.read += 1
+        hits, lines = [], []
         for row, line in enumerate(report):
             hit, branch = found[row] if found else (0, 0)
             hits.append(bool(hit))
             if not self.left[row]:                  # ended in the round before, when this one ran already
                 continue
             drafted, path, (k, bonus, rejected_one) = line[1:K + 1], line[K + 1:2 * K + 2], line[2 * K + 2:]
-            new, node, source = drafted[:k] + [bonus], path[k], self.sources[row]
+            new = drafted[:k] + [bonus]
             cut = next((j + 1 for j, token in enumerate(new) if token in self.stop_ids), len(new))
             cut = min(cut, self.left[row])
             self.left[row] = 0 if new[cut - 1] in self.stop_ids else self.left[row] - cut
-            goes_on = self.left[row] > 0
+            lines.append((self.live[row], self.sources[row], new[:cut], path[:k + 1], rejected_one, hit, branch, self.left[row] > 0))
+        self.uncounted = lines, tree, self.kind, drafter if found else None     # a round of SD: nothing was looked up
+        return hits
+
+    def count_outcome(self):
+        """Count what `read_outcome` has read. Returns the chunks: nothing if that was done before."""
+        if self.uncounted is None:
+            return []
+        (lines, tree, kind, drafter), self.uncounted, stats = self.uncounted, None, self.stats
+        chunks, lookups = [], []
+        for sequence, source, tokens, path, rejected_one, hit, branch, goes_on in lines:
+            k, node = len(path) - 1, path[-1]
             origin = "accepted-hit" if source == "hit" else "accepted-miss"
-            chunks.append(Chunk(self.live[row], new[:cut], ([origin] * k + ["bonus"])[:cut]))
-            stats.tokens += cut
+            chunks.append(Chunk(sequence, tokens, ([origin] * k + ["bonus"])[:len(tokens)]))
+            stats.tokens += len(tokens)
             stats.accepted += k
             stats.tested += k + rejected_one
             stats.add(stats.sources, source, k + 1)
             guesses = [0] * tree.size if drafter is None else drafter.layout.counts
             if source != "fast":                    # only then are the tree's tokens the draft's choices
                 stats.stops[node] = stats.stops.get(node, 0) + 1
-                stats.count_choices(tree, path[:k + 1], guesses, drafter.layout.branch_choice[branch] if hit else None)
+                stats.count_choices(tree, path, guesses, drafter.layout.branch_choice[branch] if hit else None)
             if drafter is not None and goes_on:
                 stats.add(stats.misses, guesses[node], not hit)
                 lookups.append(bool(hit))
             if stats.trace is not None:             # `accepted` is what was verified, `tokens` what was given out of it
-                stats.trace.append(dict(round=stats.rounds, sequence=self.live[row], source=source, accepted=k, node=node,
-                                        tested=k + rejected_one, tokens=new[:cut], lookup=bool(hit) if goes_on and drafter else None))
+                stats.trace.append(dict(round=stats.rounds, sequence=sequence, source=source, accepted=k, node=node,
+                                        tested=k + rejected_one, tokens=tokens, lookup=bool(hit) if goes_on and drafter else None))
         if drafter is not None:
             stats.lookups += len(lookups)
             stats.hits += sum(lookups)
@@ -295,10 +312,10 @@ class Batch:
             stats.rounds += 1
             stats.sequence_rounds += len(chunks)
             stats.seconds += now - self.last
-            if self.kind is not None:
-                stats.add(stats.waits, self.kind, now - self.last)
+            if kind is not None:
+                stats.add(stats.waits, kind, now - self.last)
             self.last = now
-        return chunks, hits
+        return chunks
 
     def start_round(self, hits, backup, prepared):
         """Note where the speculations of the coming round come from, and what that round waits for. prepared: whether the draft

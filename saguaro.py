@@ -220,12 +220,17 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
             verify = partial(target.verify, drafter.spec.tokens, drafter.spec.q, tree, alone=not works)
             precompute = partial(drafter.precompute, glue)              # guess the outcomes, draft for each of them
             verified, drafted = beside.both(verify, precompute if works else None)
+            chunks = chunks or batch.count_outcome()                    # while both work, the caller gets the last text
             if chunks:
-                yield chunks                                            # while both work, the caller gets the last text
+                yield chunks
             verdict, report = verified()
             found = drafter.switch(verdict, drafted())
             batch.post(report, found)
-            chunks, hits = batch.finish_round(tree, drafter)
+            hits = batch.read_outcome(tree, drafter)
+            replan = time_to_replan(options, batch)
+            # What is usual goes straight on to the next round, and is counted while that runs.
+            usual = found is not None and all(hits) and all(batch.left) and not replan and batch.read > 1
+            chunks = None if usual else batch.count_outcome()
             if batch.read == 1:                                     # at once: the next round has graphs to record first
                 yield chunks
                 chunks = None
@@ -234,7 +239,7 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
                     break
                 found, hits = None if found is None else found[rows], [hits[row] for row in rows]
             backup, plan = choose_backup(options, batch.stats, len(batch.live)), (tree, fan)
-            if time_to_replan(options, batch):
+            if replan:
                 plan = make_plan(options, batch.stats, draft_model, plan)
             if replanned := plan != (tree, fan):
                 tree, fan = plan

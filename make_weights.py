@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 import distill
 import templates
 from bpe import save_tokenizer
-from bulk import dense_hidden, new_model, sample_continuations, to_device, train
+from bulk import dense_hidden, exit_on_interrupt, new_model, sample_continuations, to_device, train
 from errors import exit_on_user_error
 from model import Llama, LlamaConfig
 from tokenizer import Tokenizer
@@ -360,5 +360,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    with exit_on_user_error(), exit_on_interrupt():
         main()

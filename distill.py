@@ -20,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from bulk import (Batches, Rows, concatenate, dense_hidden, exit_on_interrupt, flash, load_rows, new_model,
+from bulk import (Batches, Rows, concatenate, dense_hidden, exit_on_interrupt, flash, load_model, load_rows, new_model,
                   sample_continuations, to_device, train, whole)
 from errors import UserError, exit_on_user_error
 from generate import find_device
-from model import Llama
 from request import FlagParser
 from tokenizer import Tokenizer
 
@@ -279,7 +278,7 @@ def sampled_rows(args, target, tokenizer, stop_ids):
 def main(argv=None):
     args = parse_args(argv)
     out, work = Path(args.out), Path(f"{args.out}.work")
-    target = Llama.load(args.target, device=find_device(args.device))
+    target = load_model(args.target, find_device(args.device))
     tokenizer = Tokenizer.from_folder(args.target)
     c, V, steps = target.config, target.config.vocab_size, args.steps or (None if args.minutes else 2000)
     if args.draft_vocab is not None and not MIN_DRAFT_VOCAB <= args.draft_vocab <= V:
@@ -325,8 +324,8 @@ def main(argv=None):
         return tokens.numel(), (tokens, index, hidden, lse, top, teacher.head, d2t is not None, args.ce)
 
     means = train(draft, distillation_loss, inputs_of, work, args.lr, steps, args.minutes, args.resume)
-    draft = draft.to(target.dtype)
-    draft.save(out)
+    draft.to(c.dtype).save(out)
+    draft = load_model(out, target.device)                                  # .to() has rounded its RoPE frequencies, too
     if d2t is None:                                                         # trimmed ids mean nothing to a tokenizer
         for path in filter(Path.exists, (Path(args.target) / name for name in TOKENIZER_FILES)):
             shutil.copy(path, out)

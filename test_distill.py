@@ -209,6 +209,17 @@ def test_interrupted_and_resumed_is_the_same_as_in_one_go(folder, tmp_path, monk
     assert not (tmp_path / "parts" / "tokenizer.json").exists()
 
 
+def test_the_report_is_of_the_draft_that_was_saved(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "target")
+    Llama.load(folder, dtype=torch.bfloat16).save(tmp_path / "target")
+    usual, seen = distill.ranks_on_greedy_text, []
+    monkeypatch.setattr(distill, "ranks_on_greedy_text", lambda *args: seen.append(args[:2]) or usual(*args))
+    distill.main(["--target", str(tmp_path / "target"), "--out", str(tmp_path / "draft"), "--steps", "2", *TINY])
+    (target, draft), saved = seen[0], Llama.load(tmp_path / "draft")
+    assert saved.dtype == torch.bfloat16 and target.dtype == draft.dtype == torch.float32   # a CPU is slow in bf16
+    assert torch.equal(draft.embed, saved.embed.float()) and torch.equal(draft.freqs, saved.freqs)
+
+
 KILLED_WHILE_IT_SAVES_STEP_6 = """
 import os, signal, sys, torch, bulk, distill
 bulk.SAVE_EVERY, bulk.LOG_EVERY, save = -1, 1, torch.save

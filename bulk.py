@@ -68,7 +68,7 @@ def load_rows(path, vocab_size):
         if tokens.min() < 0 or tokens.max() >= vocab_size or start.min() < 1 or not (
                 (start < end) & (end <= tokens.shape[1])).all():
             raise ValueError("a token or a bound is out of range")
-        return Rows(*rows), tensors
+        return rows, tensors
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise UserError(f"rows file {path} can't be read ({error!r}); expected tokens [R, S] below {vocab_size} and "
                         "1 <= start [R] < end [R] <= S") from None

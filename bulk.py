@@ -6,8 +6,11 @@ kernels/rows.py, and a training loop. distill.py and make_weights.py are written
 
 Shapes: B rows, T tokens, D head_dim, V vocabulary.
 """
+import contextlib
+import functools
 import itertools
 import math
+import os
 import signal
 import sys
 import time
@@ -28,7 +31,8 @@ from model import KVCache, Llama
 
 CHECK_EVERY = 32        # steps of sampling between two looks (host syncs) at how far it is
 TELL_EVERY = 10         # seconds
-LOG_EVERY = 50          # steps
+LOG_EVERY = 50          # steps, or TELL_EVERY seconds if they take longer
+SAVE_EVERY = 60         # seconds
 
 
 class Rows(NamedTuple):
@@ -38,13 +42,36 @@ class Rows(NamedTuple):
     end: torch.Tensor
 
 
-def load_rows(path):
-    """Rows (and other tensors) of a safetensors file."""
+@contextlib.contextmanager
+def exit_on_interrupt():
+    """Ctrl-C while texts are sampled or a report is made: one line, exit code 130. (train keeps its step first.)"""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted: the same command with --resume goes on from what was finished", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def whole(path, write):
+    """A file at `path` by write(path), all of it or none: whoever is killed in between leaves what was there before."""
+    write(part := f"{path}.part")
+    os.replace(part, path)
+
+
+def load_rows(path, vocab_size):
+    """Rows (and other tensors) of a safetensors file, of a model with so many tokens."""
     try:
         tensors = load_file(path)
-        return Rows(tensors["tokens"], tensors["start"], tensors["end"]), tensors
-    except (OSError, KeyError, SafetensorError) as error:
-        raise UserError(f"rows file {path} can't be read ({error!r}); expected tensors tokens, start and end") from None
+        rows = tokens, start, end = Rows(tensors["tokens"], tensors["start"], tensors["end"])
+        if not (tokens.dim() == 2 and tokens.numel() and start.shape == end.shape == tokens.shape[:1]):
+            raise ValueError(f"shapes {[list(x.shape) for x in rows]}")
+        if tokens.min() < 0 or tokens.max() >= vocab_size or start.min() < 1 or not (
+                (start < end) & (end <= tokens.shape[1])).all():
+            raise ValueError("a token or a bound is out of range")
+        return rows, tensors
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise UserError(f"rows file {path} can't be read ({error!r}); expected tokens [R, S] below {vocab_size} and "
+                        "1 <= start [R] < end [R] <= S") from None
 
 
 def concatenate(a, b):
@@ -56,6 +83,11 @@ def concatenate(a, b):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Forward and sampling
+
+def load_model(folder, device):
+    """A checkpoint for work in bulk: on a CPU in fp32, since most multiply many rows in bf16 ten times slower."""
+    return Llama.load(folder, device, None if torch.device(device).type == "cuda" else torch.float32)
+
 
 def dense_hidden(model, tokens):
     """The forward of training: whole rows from position 0, plainly causal; the same function as Llama.forward.
@@ -202,6 +234,31 @@ def sample_continuations(model, prompts, max_new_tokens, temperature=0.0, min_p=
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
+class Batches:
+    """Batch number `step`, a function of (seed, step) alone. Rows of like length go together, to pad little."""
+
+    def __init__(self, rows, batch, seed):
+        self.rows, self.batch, self.seed, self.epoch = rows, min(batch, len(rows.end)), seed, None
+        self.offset = F.pad((rows.end - rows.start).cumsum(0), (1, 0))      # [R + 1] sampled tokens before row r
+        self.per_epoch = len(rows.end) // self.batch
+
+    def __call__(self, step):
+        """Returns rows [B], tokens [B, L], index [n] into flattened [B, L], ids [n]: running number of each token."""
+        epoch, i = divmod(step, self.per_epoch)
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            order = torch.randperm(len(self.rows.end), generator=generator)
+            groups = [group[self.rows.end[group].argsort()] for group in order.split(16 * self.batch)]
+            order = torch.cat(groups)[:self.per_epoch * self.batch].view(-1, self.batch)
+            self.epoch, self.order = epoch, order[torch.randperm(self.per_epoch, generator=generator)]
+        rows = self.order[i]
+        start, end = self.rows.start[rows, None], self.rows.end[rows, None]
+        L = min(-(-int(end.max()) // 64) * 64, self.rows.tokens.shape[1])
+        own = ((where := torch.arange(L)) >= start - 1) & (where < end - 1)         # position i predicts token i + 1
+        ids = (self.offset[rows, None] + where - (start - 1))[own]
+        return rows, self.rows.tokens[rows, :L].long(), own.flatten().nonzero()[:, 0], ids
+
+
 def to_device(tensor, device):
     """From CPU without waiting for the work that the GPU still has to do (a copy from unpinned memory would)."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
@@ -229,7 +286,7 @@ def learning_rate(progress, peak, warmup=0.03):
 
 
 def train(model, loss_function, inputs_of, work, lr, steps=None, minutes=None, resume=False, dynamic=True):
-    """AdamW, warmup + cosine, gradient norm clipped to 1; a checkpoint a minute in `work`, also on Ctrl-C.
+    """AdamW, warmup + cosine, gradient norm clipped to 1; a checkpoint a minute in `work`, also on Ctrl-C (exit code 130).
 
     inputs_of(step) -> (token count, inputs); loss_function(model, *inputs) -> loss, {name: 0-d tensor}. The schedule
     follows `steps` or the clock (`minutes`), whichever is nearer its end. dynamic: shapes change between steps (for
@@ -241,12 +298,18 @@ def train(model, loss_function, inputs_of, work, lr, steps=None, minutes=None, r
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
                                   lr=lr, betas=(0.9, 0.95), fused=cuda)
     step, spent, means = 0, 0.0, {}
-    if resume and path.exists():
-        state = torch.load(path, map_location=model.device)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, spent, means = state["step"], state["spent"], state["means"]
-        print(f"resumed at step {step}")
+    if not resume:
+        path.unlink(missing_ok=True)                                        # a later --resume must not find another run's
+    elif path.exists():
+        try:
+            state = torch.load(path, map_location=model.device)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            step, spent, means = state["step"], state["spent"], state["means"]
+        except Exception as error:                                          # what torch raises depends on what is broken
+            raise UserError(f"{path} can't be resumed: it is broken or of other sizes; give the flags it was made with, "
+                            f"or leave out --resume ({error!r:.100})") from None
+        print(f"resumed at step {step}", flush=True)
     run = torch.compile(loss_function, dynamic=dynamic, fullgraph=True) if cuda else loss_function
     with flash():
         try:                                                                # compile before the clock starts
@@ -264,12 +327,20 @@ def train(model, loss_function, inputs_of, work, lr, steps=None, minutes=None, r
         while True:
             spent = time.time() - began
             progress = max(step / steps if steps else 0, spent / (60 * minutes) if minutes else 0)
-            if stop or progress >= 1 or time.time() - saved > 60:
+            over = bool(stop) or progress >= 1
+            if summed and (step % LOG_EVERY == 0 or step == steps or time.time() - logged > TELL_EVERY or over and not means):
+                means = {name: float(value) / summed for name, value in sums.items()}
+                left = (1 - progress) * spent / max(progress, 1e-9)
+                print(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in means.items())
+                      + f", {tokens / (time.time() - logged):,.0f} tok/s, {left:.0f} s left", flush=True)
+                logged, tokens, summed, sums = time.time(), 0, 0, {}
+            if over or time.time() - saved > SAVE_EVERY:
                 saved = time.time()
-                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                            "spent": spent, "means": means}, path)
-                if stop or progress >= 1:
-                    break
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": spent,
+                         "means": means}
+                whole(path, functools.partial(torch.save, state))
+            if over:
+                break
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(progress, lr)
             count, inputs = inputs_of(step)
@@ -280,12 +351,6 @@ def train(model, loss_function, inputs_of, work, lr, steps=None, minutes=None, r
             optimizer.zero_grad()
             step, tokens, summed = step + 1, tokens + count, summed + 1
             sums = {name: sums.get(name, 0.0) + value.detach() for name, value in {"loss": loss, **metrics}.items()}
-            if step % LOG_EVERY == 0 or step == steps:
-                means = {name: float(value) / summed for name, value in sums.items()}
-                left = (1 - progress) * spent / max(progress, 1e-9)
-                print(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in means.items())
-                      + f", {tokens / (time.time() - logged):,.0f} tok/s, {left:.0f} s left", flush=True)
-                logged, tokens, summed, sums = time.time(), 0, 0, {}
         signal.signal(signal.SIGINT, usual)
     if stop:
         print(f"interrupted: {path} holds step {step}; run the same command with --resume to go on", file=sys.stderr)

@@ -10,8 +10,8 @@ Shapes: B rows, T tokens, L longest row of a batch, n sampled tokens in a batch,
 References: Distilling for speculative decoding: Zhou et al. 2023, DistillSpec, https://arxiv.org/abs/2310.08461;
 prompts from an instruct model itself: Xu et al. 2024, Magpie, https://arxiv.org/abs/2406.08464
 """
-import argparse
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -20,15 +20,20 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from bulk import Rows, concatenate, dense_hidden, flash, load_rows, new_model, sample_continuations, to_device, train
+from bulk import (Batches, Rows, concatenate, dense_hidden, exit_on_interrupt, flash, load_model, load_rows, new_model,
+                  sample_continuations, to_device, train, whole)
 from errors import UserError, exit_on_user_error
-from model import Llama
+from generate import find_device
+from request import FlagParser
 from tokenizer import Tokenizer
 
 MIN_DRAFT_VOCAB = 16
 PROMPT_MIN_P = 0.03     # prompts should vary
 HELD_OUT = 64           # prompts kept for the report where it is given none
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+                   "chat_template.jinja")
+AT_LEAST_1 = "layers dim heads kv_heads ffn tokens max_new sample_batch steps batch".split()
+AT_LEAST_0 = "temperature min_p ce seed sample_minutes minutes lr".split()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,31 +92,6 @@ def to_draft_ids(d2t, vocab_size):
         return None
     t2d = torch.zeros(vocab_size, dtype=torch.int64, device=d2t.device)
     return t2d.index_copy_(0, d2t[1:], torch.arange(1, len(d2t), device=d2t.device))
-
-
-class Batches:
-    """Batch number `step`, a function of (seed, step) alone. Rows of like length go together, to pad little."""
-
-    def __init__(self, rows, batch, seed):
-        self.rows, self.batch, self.seed, self.epoch = rows, min(batch, len(rows.end)), seed, None
-        self.offset = F.pad((rows.end - rows.start).cumsum(0), (1, 0))      # [R + 1] sampled tokens before row r
-        self.per_epoch = len(rows.end) // self.batch
-
-    def __call__(self, step):
-        """Returns rows [B], tokens [B, L], index [n] into flattened [B, L], ids [n]: running number of each token."""
-        epoch, i = divmod(step, self.per_epoch)
-        if epoch != self.epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(self.rows.end), generator=generator)
-            groups = [group[self.rows.end[group].argsort()] for group in order.split(16 * self.batch)]
-            order = torch.cat(groups)[:self.per_epoch * self.batch].view(-1, self.batch)
-            self.epoch, self.order = epoch, order[torch.randperm(self.per_epoch, generator=generator)]
-        rows = self.order[i]
-        start, end = self.rows.start[rows, None], self.rows.end[rows, None]
-        L = min(-(-int(end.max()) // 64) * 64, self.rows.tokens.shape[1])
-        own = ((where := torch.arange(L)) >= start - 1) & (where < end - 1)         # position i predicts token i + 1
-        ids = (self.offset[rows, None] + where - (start - 1))[own]
-        return rows, self.rows.tokens[rows, :L].long(), own.flatten().nonzero()[:, 0], ids
 
 
 class Teacher:
@@ -225,7 +205,7 @@ def describe(name, result):
 # Command line
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description="Distil a small draft for a target model.")
+    parser = FlagParser(description="Distil a small draft for a target model.", allow_abbrev=False)
     add = parser.add_argument
     add("--target", required=True, help="folder of the target (Hugging Face layout)")
     add("--out", required=True, help="folder of the draft; work files go to OUT.work")
@@ -251,11 +231,28 @@ def parse_args(argv):
     add("--lr", type=float, default=2e-3, help="peak learning rate")
     add("--ce", type=float, default=0.0, help="weight of the cross-entropy of the target's most likely token")
     add("--seed", type=int, default=0, help="of weights, sampling and batches")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--resume", action="store_true", help="go on from OUT.work")
     add("--eval-prompts", nargs="+", default=[], help="JSONL files for the report (default: 64 held-out prompts)")
     add("--report", help="write the report to this JSON file")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.heads is None:
+        args.heads = max(1, args.dim // max(1, args.head_dim))
+    if args.ffn is None:
+        args.ffn = -(-args.dim * 8 // 3 // 64) * 64
+    for name in AT_LEAST_1 + AT_LEAST_0:
+        least, values = int(name in AT_LEAST_1), getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and not least <= value < math.inf:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if args.head_dim < 2 or args.head_dim % 2 or args.heads % args.kv_heads:
+        raise UserError(f"--heads {args.heads} must be a multiple of --kv-heads {args.kv_heads}, and --head-dim even, "
+                        f"got {args.head_dim}")
+    if args.min_p > 1:
+        raise UserError(f"--min-p is a share of the likeliest token's probability: at most 1, got {args.min_p}")
+    if args.report and (not Path(args.report).parent.is_dir() or Path(args.report).is_dir()):
+        raise UserError(f"--report {args.report}: can't be written; expected a file in a folder that is there")
+    return args
 
 
 def sampled_rows(args, target, tokenizer, stop_ids):
@@ -281,12 +278,13 @@ def sampled_rows(args, target, tokenizer, stop_ids):
 def main(argv=None):
     args = parse_args(argv)
     out, work = Path(args.out), Path(f"{args.out}.work")
-    target = Llama.load(args.target, device=args.device)
+    target = load_model(args.target, find_device(args.device))
     tokenizer = Tokenizer.from_folder(args.target)
     c, V, steps = target.config, target.config.vocab_size, args.steps or (None if args.minutes else 2000)
     if args.draft_vocab is not None and not MIN_DRAFT_VOCAB <= args.draft_vocab <= V:
         raise UserError(f"--draft-vocab {args.draft_vocab} is out of range: expected {MIN_DRAFT_VOCAB} to {V}, the target's")
     evaluations = {path: read_prompts(path, tokenizer, args.chat) for path in args.eval_prompts}
+    more = load_rows(args.rows, V)[0] if args.rows else None
     try:
         for probe in (out / "writable", work / "writable"):
             probe.parent.mkdir(parents=True, exist_ok=True)
@@ -297,21 +295,21 @@ def main(argv=None):
 
     stop_ids = sorted({*c.eos_ids, *tokenizer.eos_ids, *tokenizer.chat_stop_ids})
     if args.resume and (work / "rows.safetensors").exists():
-        rows, tensors = load_rows(work / "rows.safetensors")
+        rows, tensors = load_rows(work / "rows.safetensors", V)
         held_out = [prompt[prompt >= 0].tolist() for prompt in tensors["held_out"]]
     else:
+        for name in "rows.safetensors", "checkpoint.pt":                    # of another run
+            (work / name).unlink(missing_ok=True)
         rows, held_out = sampled_rows(args, target, tokenizer, stop_ids)
         width = max(map(len, held_out))
         padded = torch.tensor([prompt + [-1] * (width - len(prompt)) for prompt in held_out])
-        save_file({**rows._asdict(), "held_out": padded}, work / "rows.safetensors")
-        (work / "checkpoint.pt").unlink(missing_ok=True)                    # it belonged to other rows
-    if args.rows:
-        rows = concatenate(rows, load_rows(args.rows)[0])
+        whole(work / "rows.safetensors", lambda path: save_file({**rows._asdict(), "held_out": padded}, path))
+    if more:
+        rows = concatenate(rows, more)
 
     d2t = draft_vocabulary(rows, V, args.draft_vocab, stop_ids).to(target.device) if args.draft_vocab else None
     config = replace(c, vocab_size=args.draft_vocab or V, dim=args.dim, n_layers=args.layers, head_dim=args.head_dim,
-                     n_heads=args.heads or max(1, args.dim // args.head_dim), n_kv_heads=args.kv_heads,
-                     ffn_dim=args.ffn or -(-args.dim * 8 // 3 // 64) * 64, tie_embeddings=True,
+                     n_heads=args.heads, n_kv_heads=args.kv_heads, ffn_dim=args.ffn, tie_embeddings=True,
                      target_vocab_size=V if args.draft_vocab else None)
     draft = new_model(config, args.seed, target.device, d2t, target)
     sampled, size = int((rows.end - rows.start).sum()), sum(p.numel() for p in draft.parameters())
@@ -326,8 +324,8 @@ def main(argv=None):
         return tokens.numel(), (tokens, index, hidden, lse, top, teacher.head, d2t is not None, args.ce)
 
     means = train(draft, distillation_loss, inputs_of, work, args.lr, steps, args.minutes, args.resume)
-    draft = draft.to(target.dtype)
-    draft.save(out)
+    draft.to(c.dtype).save(out)
+    draft = load_model(out, target.device)                                  # .to() has rounded its RoPE frequencies, too
     if d2t is None:                                                         # trimmed ids mean nothing to a tokenizer
         for path in filter(Path.exists, (Path(args.target) / name for name in TOKENIZER_FILES)):
             shutil.copy(path, out)
@@ -346,5 +344,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    with exit_on_user_error(), exit_on_interrupt():
         main()

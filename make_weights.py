@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 import distill
 import templates
 from bpe import save_tokenizer
-from bulk import dense_hidden, new_model, sample_continuations, to_device, train
+from bulk import dense_hidden, exit_on_interrupt, load_model, new_model, sample_continuations, to_device, train
 from errors import exit_on_user_error
 from model import Llama, LlamaConfig
 from tokenizer import Tokenizer
@@ -90,7 +90,7 @@ def stories(args):
     with multiprocessing.Pool() as pool:                                    # forked while there is no CUDA here yet
         plots = sum(pool.map(functools.partial(list_plots, args.smollm2, args.seed, count // parts), range(parts)), [])
         prompts, heads, cues, questions = zip(*plots)
-        smollm2, tokenizer = Llama.load(args.smollm2, device=args.device), Tokenizer.from_folder(args.smollm2)
+        smollm2, tokenizer = load_model(args.smollm2, args.device), Tokenizer.from_folder(args.smollm2)
         rng = random.Random(args.seed)
         steer = Plots(cues, [rng.randint(8, 26) for _ in plots], tokenizer, args.device)
         stops = {*tokenizer.eos_ids, *tokenizer.chat_stop_ids, 0}
@@ -312,7 +312,7 @@ def whole_turn(text):
 
 def prompts(args):
     """Prompts for SmolLM2: it finishes the beginnings itself, as a user would. None is taken from a benchmark."""
-    smollm2, tokenizer = Llama.load(args.smollm2, device=args.device), Tokenizer.from_folder(args.smollm2)
+    smollm2, tokenizer = load_model(args.smollm2, args.device), Tokenizer.from_folder(args.smollm2)
     stops = {*tokenizer.eos_ids, *tokenizer.chat_stop_ids}
     count = args.count or (160 if args.toy else 120_000)
     openings = list(itertools.islice(templates.beginnings(random.Random(args.seed)), count))
@@ -360,5 +360,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
+    with exit_on_user_error(), exit_on_interrupt():
         main()

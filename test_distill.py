@@ -6,12 +6,15 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import bpe
 import bulk
@@ -206,14 +209,85 @@ def test_interrupted_and_resumed_is_the_same_as_in_one_go(folder, tmp_path, monk
     assert not (tmp_path / "parts" / "tokenizer.json").exists()
 
 
+def test_the_report_is_of_the_draft_that_was_saved(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "target")
+    Llama.load(folder, dtype=torch.bfloat16).save(tmp_path / "target")
+    usual, seen = distill.ranks_on_greedy_text, []
+    monkeypatch.setattr(distill, "ranks_on_greedy_text", lambda *args: seen.append(args[:2]) or usual(*args))
+    distill.main(["--target", str(tmp_path / "target"), "--out", str(tmp_path / "draft"), "--steps", "2", *TINY])
+    (target, draft), saved = seen[0], Llama.load(tmp_path / "draft")
+    assert saved.dtype == torch.bfloat16 and target.dtype == draft.dtype == torch.float32   # a CPU is slow in bf16
+    assert torch.equal(draft.embed, saved.embed.float()) and torch.equal(draft.freqs, saved.freqs)
+
+
+KILLED_WHILE_IT_SAVES_STEP_6 = """
+import os, signal, sys, torch, bulk, distill
+bulk.SAVE_EVERY, bulk.LOG_EVERY, save = -1, 1, torch.save
+def half(state, path):
+    save(state, path)
+    if state["step"] == 6:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = half
+distill.main(sys.argv[1:])
+"""
+
+
+def test_killed_while_it_writes_a_checkpoint_goes_on_from_the_one_before(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bulk, "LOG_EVERY", 1)
+    curve = lambda text: re.findall(r"step \d+: loss [\d.]+", text)
+    command = lambda name: ["--target", str(folder), "--out", str(tmp_path / name), "--prompts",
+                            openings(tmp_path / "prompts.jsonl", 120), "--steps", "10", *TINY]
+    distill.main(command("whole"))
+    in_one_go = curve(capsys.readouterr().out)
+    killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_IT_SAVES_STEP_6, *command("parts")], capture_output=True,
+                            text=True, cwd=Path(distill.__file__).parent)
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "parts" / "config.json").exists(), killed.stderr
+    distill.main([*command("parts"), "--resume"])
+    second = capsys.readouterr().out
+    assert "resumed at step 5" in second and curve(killed.stdout)[:5] + curve(second) == in_one_go
+
+
+def test_interrupted_while_it_samples_anew_leaves_nothing_of_an_older_run(folder, tmp_path, monkeypatch, capsys):
+    command = ["--target", str(folder), "--out", str(tmp_path / "draft"), "--steps", "2", *TINY]
+    distill.main(command)
+    with pytest.raises(UserError, match="can't be resumed"):
+        distill.main([*command, "--layers", "2", "--resume"])
+    assert load_file(tmp_path / "draft" / "model.safetensors")              # still the first run's
+
+    def interrupt(*_, **__):
+        os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(distill, "sample_continuations", interrupt)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop, bulk.exit_on_interrupt():
+        distill.main([*command, "--seed", "1"])
+    err = capsys.readouterr().err
+    assert stop.value.code == 130 and "--resume" in err and err.count("\n") == 1
+    assert not list((tmp_path / "draft.work").iterdir())
+
+
+def test_slow_steps_are_told_by_the_clock(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bulk, "TELL_EVERY", -1)                             # on a CPU fifty steps may take an hour
+    distill.main(["--target", str(folder), "--out", str(tmp_path / "draft"), "--steps", "3", *TINY])
+    told = re.findall(r"step (\d): loss .*, greedy acceptance [\d.]+, [\d,]+ tok/s, \d+ s left", capsys.readouterr().out)
+    assert told == ["1", "2", "3"]
+
+
 @pytest.mark.parametrize("change, message", [
     (["--target", "nowhere"], "nowhere"),
     (["--out", "/proc/nowhere/draft"], "can't write"),
+    (["--device", "cuda:99"], "--device cuda:99"),
+    (["--report", "/nowhere/report.json"], "--report /nowhere/report.json"),
+    (["--layers", "0"], "--layers must be at least 1"),
+    (["--steps", "-1"], "--steps must be at least 1"),
+    (["--lr", "nan"], "--lr must be at least 0"),
+    (["--temperature", "0", "-1"], "--temperature must be at least 0"),
+    (["--heads", "3", "--kv-heads", "2"], "--heads 3 must be a multiple of --kv-heads 2"),
+    (["--no-such-flag"], "--no-such-flag"),
     (["--draft-vocab", "3"], "--draft-vocab 3"),
     (["--draft-vocab", "3000"], "--draft-vocab 3000"),
     (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
     (["--prompts", __file__], 'expected {"prompt": text} a line'),
-    (["--max-new", "4000"], "too few"),
 ])
 def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys, change, message):
     command = ["--target", str(folder), "--out", str(tmp_path / "draft"), "--prompts",
@@ -222,6 +296,21 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys, change, message
         distill.main(command)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and message in err and err.count("\n") == 1
+    assert not list(tmp_path.glob("draft*/*"))                              # nothing half written
+
+
+def test_prompts_that_do_not_fit_and_rows_of_another_model_are_told(folder, tmp_path):
+    command = ["--target", str(folder), "--out", str(tmp_path / "draft"), "--prompts",
+               openings(tmp_path / "prompts.jsonl", 80), *TINY]
+    with pytest.raises(UserError, match="too few"):
+        distill.main([*command, "--max-new", "4000"])
+    ones, path = torch.ones(2, dtype=torch.int64), tmp_path / "rows.safetensors"
+    save_file({"tokens": torch.full((2, 9), 300, dtype=torch.int32), "start": ones, "end": 9 * ones}, path)
+    with pytest.raises(UserError, match="out of range"):
+        distill.main([*command, "--rows", str(path)])
+    save_file({"tokens": torch.full((2, 9), 7, dtype=torch.int32), "start": 9 * ones, "end": ones}, path)
+    with pytest.raises(UserError, match="out of range"):
+        distill.main([*command, "--rows", str(path)])
 
 
 def test_cleaning():

@@ -63,6 +63,7 @@ SETTLE = 3              # rounds at the start of a run that aren't timed
 WARM_UP = 2             # groups of prompts that all contestants run before anything is timed
 LEAST_SECONDS = 1.0     # of decoding in a repeat: small models go over the prompts several times
 MOST_PASSES = 100
+CLOSER = 6              # rows of a table of which it is looked up where a round goes; of longer ones only sd and ssd
 TREE_DEPTH = 10         # greatest depth of the trees that --sweep tree tries
 
 
@@ -113,7 +114,9 @@ def compare(contestants, groups, repeats, device):
     more than once where a single time is too short to tell anything.
     """
     total, texts = {}, {}
-    batching.IDLE = max(batching.IDLE, len(contestants))        # each keeps its graphs from turn to turn
+    lengths = [max(map(len, group)) for group in groups]
+    kinds = (max(lengths) - min(lengths)) // batching.SLOTS + 2             # of requests, by what their KV caches hold, at most
+    batching.IDLE = max(batching.IDLE, kinds * len(contestants))            # each keeps its graphs from turn to turn
 
     def turn(label, first, into):
         if device.type == "cuda":
@@ -282,7 +285,8 @@ def speed(args):
                     if not more:                                # ar knows of no draft: it was run before the first one
                         found = tuple({"ar": ar, **rest} for ar, rest in zip(known[context, size], found))
                     known[context, size] = [part["ar"] for part in found]
-                    seen = {label: watched(c, groups) for label, c in others.items() if size == 1 and c.mode in ("sd", "ssd")}
+                    closer = [label for label, c in others.items() if size == 1 and c.mode in ("sd", "ssd")]
+                    seen = {label: watched(others[label], groups) for label in (closer if len(closer) <= CLOSER else closer[:2])}
                 counted, outputs, passes = found
                 head["passes"] = passes
                 head["modes"] = rows_of(contestants, counted, outputs, floor,

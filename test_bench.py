@@ -100,7 +100,8 @@ def test_speed_of_the_embedded_pair(capsys, tiny_shapes, tmp_path):
                           "--k", "4", "--json", where[0], "--plot", where[1])
     assert result["command"] == "python bench.py --max-new-tokens 32 --repeats 2 --batch 1,2 --temperature 0.5 --k 4 --device cpu"
     assert json.loads((tmp_path / "a.json").read_text()) == result
-    assert "What runs when" in (tmp_path / "a.svg").read_text()
+    drawn = (tmp_path / "a.svg").read_text()
+    assert drawn.count("What runs when") == drawn.count("By batch size") == 1 and drawn.count("tok/s</title>") == 3
     assert [head["batch"] for head in result["runs"]] == [1, 2]
     for head in result["runs"]:
         assert [m["label"] for m in head["modes"]] == ["ar", "sd", "ssd"]
@@ -134,6 +135,7 @@ def test_synthetic_acceptance(capsys, tiny_shapes):
                           "1", "--max-new-tokens", "300")
     (head,) = result["runs"]
     assert head["synthetic"] and "SYNTHETIC: tiny + tiny-draft" in printed and "SYNTHETIC mode" in printed
+    assert "SYNTHETIC: tiny + tiny-draft" in plot(result) and "SYNTHETIC: tiny + tiny-draft" in report.tables(result)
     assert all(m["same_text"] for m in head["modes"])
     ar, sd, ssd = head["modes"]
     assert abs(sd["acceptance_rate"] - 0.8) < 0.04 and abs(ssd["acceptance_rate"] - 0.8) < 0.04
@@ -218,7 +220,8 @@ def test_predict(capsys, tiny_shapes):
     (["--draft-shape", "smollm2-135m"], "--target-shape"), (["--target-shape", "llama-3.2-1b", "--accept-rate", "0.5"], "together"),
     (["--target-shape", "llama-3.2-1b", "--chat", "--prompts", "x"], "leave out"), (["--k", "0"], "--k"),
     (["--target-shape", "llama-3.1-8b", "--batch", "100000"], r"GB are needed.*lower --batch"), (["--batch", "a"], "--batch"),
-    (["--context", "2000"], "context of 1024"), (["--sweep", "k", "--predict"], "alone"), (["--steps", "tiny", "--speculation"], "alone"),
+    (["--context", "2000"], "context of 1024"), (["--sweep", "k", "--predict"], "alone"),
+    (["--predict", "--batch", "2"], "of batch 1"), (["--steps", "tiny", "--speculation"], "alone"),
     (["--target-shape", "tiny", "--tune"], "need a draft"),
     (["--round-draft", "0"], "at least 1"), (["--json", "/"], "a file in a folder")])
 def test_bad_requests(flags, says, tiny_shapes):
@@ -255,6 +258,8 @@ def test_several_drafts_of_one_target(capsys, monkeypatch, tiny_shapes):
     sd, ssd = (first["modes"][i]["tok_s"][0] for i in (3, 4))
     assert first["modes"][4]["vs_sd"][0] == ssd / sd and printed.count("the run of the table above") == 2
     assert [*first["split"]] == labels[1:] and "draft not hidden" in printed
+    drawn = plot(result)
+    assert ">sd, tree of 7, depth 3<" in drawn and "tokens in the tree" not in drawn, "one value is a bar, not a line"
 
 
 class Clockless:
@@ -263,7 +268,7 @@ class Clockless:
         self.name, self.seconds, self.log = name, seconds, log
 
     def run(self, group, seeds):
-        self.log.append((self.name, group[0], seeds))
+        self.log.append((self.name, *group, seeds))
         return bench.Counter(tokens=10, seconds=self.seconds, rounds=10), [[1]]
 
 
@@ -272,9 +277,10 @@ def test_turns(monkeypatch):
     monkeypatch.setattr(bench, "LEAST_SECONDS", 1.0)
     log = []
     contestants = {"slow": Clockless("slow", 0.1, log), "fast": Clockless("fast", 0.06, log)}
-    counted, texts, passes = bench.compare(contestants, ["abcde"[i] for i in range(5)], 3, torch.device("cpu"))
+    counted, texts, passes = bench.compare(contestants, [["abcde"[i]] for i in range(5)], 3, torch.device("cpu"))
     assert log[:4] == [("slow", "a", [0]), ("slow", "c", [2]), ("fast", "a", [0]), ("fast", "c", [2])]
     assert passes == {"slow": 2, "fast": 4} and texts["slow"] == [[1]] * 5
+    assert bench.batching.IDLE >= 4, "two contestants, requests of two kinds at most"
     assert [r["tokens"] for r in counted["slow"]] == [100] * 3 and [r["tokens"] for r in counted["fast"]] == [200] * 3
     assert [name for name, _, _ in log[4:34]] == ["slow", "fast"] * 5 + ["fast"] * 5 + ["slow", "fast"] * 5 + ["fast"] * 5
     assert log[34][0] == "fast", "the next repeat begins with another one"
@@ -301,3 +307,20 @@ def test_prompts_are_spread():
     assert len({row["id"] for row in rows}) == 60 and all(row["prompt"] for row in rows)
     assert [sum(row["id"].startswith(name) for row in rows) for name in ("HumanEval", "gsm8k", "mtbench")] == [20] * 3
     assert len({row["category"] for row in rows}) == 9, "all eight of mtbench, one of which is math, and code"
+
+
+def test_a_sweep_is_drawn_as_lines():
+    """Each of K, tree and fan-out where it has two values; what has no axis, a share of the GPU, is a bar; long names fit in."""
+    row = dict(tok_s=[5.0, 4.0, 6.0], vs_ar=[2.0] * 3, hit_rate=0.5)
+    options = lambda **given: dict(k=6, tree=None, fanout_budget=16) | given
+    modes = [dict(row, label=mode, mode=mode, options=options()) for mode in ("ar", "sd", "ssd")]
+    modes += [dict(row, label="ssd, 8 outcomes", mode="ssd", options=options(fanout_budget=8)),
+              dict(row, label="ssd, K = 4", mode="ssd", options=options(k=4)), dict(row, label="ssd, full grid", mode="ssd", options=options()),
+              dict(row, label="ssd, tree of 8, depth 6", mode="ssd", options=options(tree="8"))]
+    head = dict(pair="pair " * 40, prompt_tokens=[5, 5], batch=1, dtype="float32", repeats=1, modes=modes)
+    drawn = plot(dict(kind="speed", runs=[head], card=dict(device="x" * 60)))
+    ElementTree.fromstring(drawn)
+    texts = [line for line in drawn.splitlines() if line.startswith("<text")]
+    shown = lambda words: sum(f">{words}<" in text for text in texts)
+    assert [shown(w) for w in ("lookahead K", "outcomes guessed", "tokens in the tree", "ssd, full grid", "ssd, K = 4")] == [1, 2, 0, 1, 0]
+    assert shown("ssd, tree of 8, depth 6") == 1 and shown("prompts of 5 to 5") == 0 and max(map(len, texts)) < 240

@@ -103,6 +103,7 @@ def parse_flags(argv, description=None):
          "--steps, --kernels, --predict and --speculation are measured alone, without --tune, --sweep and --vs-transformers"),
         (args.vs_transformers and (args.batch != [1] or args.target_shape or args.draft_dtype),
          "--vs-transformers takes --batch 1 and a real pair, its draft not in int8"),
+        (args.batch != [1] and any(work[:3]), "--steps, --kernels and --predict are of batch 1"),
         (args.plot and (args.steps or args.kernels),
          "--plot draws speeds, --predict and --speculation, not single steps or kernels"),
         (any(path and (not Path(path).parent.is_dir() or Path(path).is_dir()) for path in (args.json, args.plot)),

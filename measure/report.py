@@ -53,7 +53,7 @@ def run_lines(head, card):
     guess = "greedy" if head["temperature"] == 0 else f"temperature {head['temperature']:g}"
     speculation = f"K = {options['k']}" if options["tree"] is None else f"tree {options['tree']}"
     lines = [f"**{head['pair'][0].upper()}{head['pair'][1:]}** ({sizes} parameters), {head['dtype']}, batch {head['batch']}, "
-             f"{head['prompts']} prompts of {least if least == most else f'{least} to {most}'} tokens, up to "
+             f"{head['prompts']} prompt{'s' * (head['prompts'] > 1)} of {least if least == most else f'{least} to {most}'} tokens, up to "
              f"{head['new_tokens']} new ones each, {guess}; " +
              (f"{speculation}, {options['fanout_budget']} outcomes guessed ({options['fanout']} fan-out)" +
               (f", ssd's target with {Share(*head['share'])}; " if head["share"] else "; ")

@@ -3,9 +3,10 @@
     python bench.py                                             the embedded pair; on a GPU also at the cost of an 8B one
     python bench.py --target DIR --draft DIR --prompts FILE     your pair on your prompts
     python bench.py --target DIR --round-draft 5 --pad llama-3.1-8b     a small model's text at the cost of a large one
+    python bench.py --target DIR --round-draft 5,4 --draft DIR          several drafts, one run of ar; tables and files grow as it goes
     python bench.py --pad llama-3.1-8b --pad-draft smollm2-135m         the same for both models of the embedded pair
     python bench.py --target-shape llama-3.1-8b --draft-shape llama-3.2-1b --accept-rate 0.8     random weights: SYNTHETIC
-    python bench.py --sweep k,fanout,tree,cta                   which lookahead, fan-out, tree, share of the GPU?
+    python bench.py --sweep k,fanout,tree,cta                   which lookahead, fan-out, tree, share of the GPU? tree=32: that one
     python bench.py --tune                                      sd and ssd also as --tune finds them fastest
     python bench.py --vs-transformers                           the same model and prompts in transformers
     python bench.py --steps llama-3.1-8b --context 128,2048,8192     ms a token and share of the ceiling, random weights
@@ -19,7 +20,7 @@ sequences of a batch together; the first rounds of a run and those around a step
 of it (how many is in the JSON). "First token" is what a user waits for: prompt processing of both models and a first round. The ceiling
 is the time in which a plain copy moves the bytes that one target step must read; "of ceiling" is that over ms per round.
 Figures are medians of repeats with [least..most]; within a repeat the modes take turns at every prompt, and a ratio is that of one
-repeat. A repeat in which a mode decodes for less than a second goes over the prompts several times. "x sd" is against the sd with
+repeat. A repeat in which a mode decodes for less than half a second goes over the prompts several times. "x sd" is against the sd with
 the same speculation, if the table has it. "ms of a round" is from another run, of two prompts, watched by events: what part of a round
 was a verify, drafting that no verify hid, a backup after a miss, the look-up, or waiting for the host.
 """
@@ -61,7 +62,7 @@ COUNTED = ("tokens", "seconds", "rounds", "sequence_rounds", "accepted", "tested
            "prefill_seconds")
 SETTLE = 3              # rounds at the start of a run that aren't timed
 WARM_UP = 2             # groups of prompts that all contestants run before anything is timed
-LEAST_SECONDS = 1.0     # of decoding in a repeat: small models go over the prompts several times
+LEAST_SECONDS = 0.5     # of decoding in a repeat: small models go over the prompts several times
 MOST_PASSES = 100
 CLOSER = 6              # rows of a table of which it is looked up where a round goes; of longer ones only sd and ssd
 TREE_DEPTH = 10         # greatest depth of the trees that --sweep tree tries
@@ -298,7 +299,9 @@ def speed(args):
                 head["split"] = {label: s["split"] | dict(hidden=s["hidden"]) for label, s in seen.items() if s["split"]}
                 print("\n".join(report.mode_lines(head)), flush=True)
                 results.append(head)
-    return dict(kind="speed", card=machine, runs=results)
+                result = dict(command=args.command, kind="speed", card=machine, runs=results)
+                write_files(args, result)                       # what is there stays there, whatever happens to the next
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -374,9 +377,20 @@ def command_line(argv):
     return shlex.join(["python", "bench.py", *kept])
 
 
+def write_files(args, result):
+    """What --json and --plot ask for. Raises UserError."""
+    for path, text in ((args.json, json.dumps(result, indent=1) + "\n"), (args.plot, plot(result))):
+        if path:
+            try:
+                Path(path).write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"{path}: {error.strerror}") from None
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_flags(argv, __doc__)
+    args.command = command_line(argv)
     if args.report:
         return report.write()
     if args.device.type == "cuda":
@@ -384,18 +398,13 @@ def main(argv=None):
     work = (steps if args.steps else kernel_speeds if args.kernels else predict if args.predict else
             speculation if args.speculation else speed)
     try:
-        result = dict(command=command_line(argv), **work(args))
+        result = dict(command=args.command) | work(args)
     except torch.OutOfMemoryError as error:
         raise UserError(f"{str(error).splitlines()[0]} Choose a smaller shape, or lower --batch, --context or "
                         f"--fanout-budget.") from None
     if work is not speed:
         print("\n" + report.tables(result), end="")
-    for path, text in ((args.json, json.dumps(result, indent=1) + "\n"), (args.plot, plot(result))):
-        if path:
-            try:
-                Path(path).write_text(text, encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"{path}: {error.strerror}") from None
+        write_files(args, result)
     print(json.dumps(result))
 
 

@@ -155,6 +155,18 @@ def test_padded_pair(capsys, monkeypatch):
         assert a["tokens_per_round"] == b["tokens_per_round"] and a["acceptance_rate"] == b["acceptance_rate"]
 
 
+def test_what_is_measured_is_kept(tiny_shapes, monkeypatch, tmp_path):
+    """A run that fails leaves the runs before it in the file."""
+    real = bench.compare
+    monkeypatch.setattr(bench, "compare", lambda contestants, groups, *more: real(contestants, groups, *more) if len(groups[0]) < 2
+                        else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bench.main(["--device", "cpu", "--batch", "1,2", "--max-new-tokens", "32", "--repeats", "1", "--sequences", "1", "--json",
+                    str(tmp_path / "a.json")])
+    kept = report.read(tmp_path / "a.json")
+    assert [head["batch"] for head in kept["runs"]] == [1] and kept["command"].startswith("python bench.py --device cpu --batch 1,2")
+
+
 def test_settled_rounds_only(monkeypatch):
     """The first rounds, those with a step that isn't replayed and the ones after them are left out of time and tokens."""
     pair, = pairs.text_pairs(flags.parse_flags(["--device", "cpu"]), None, None)

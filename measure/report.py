@@ -83,7 +83,7 @@ def mode_lines(head):
         lines.append("ar, which knows of no draft, is the run of the table above.\n")
     if max(head.get("passes", {}).values(), default=1) > 1:
         times = "; ".join(f"{n} x {label}" for label, n in head["passes"].items())
-        lines.append(f"Runs over the prompts in a repeat, so that each lasts a second: {times}.\n")
+        lines.append(f"Runs over the prompts in a repeat, so that each lasts half a second: {times}.\n")
     if head.get("split"):
         columns = [synthetic + "ms of a round", "in all", "verify", "draft not hidden", "backup", "join", "waiting",
                    "of the draft hidden"]

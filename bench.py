@@ -3,9 +3,10 @@
     python bench.py                                             the embedded pair; on a GPU also at the cost of an 8B one
     python bench.py --target DIR --draft DIR --prompts FILE     your pair on your prompts
     python bench.py --target DIR --round-draft 5 --pad llama-3.1-8b     a small model's text at the cost of a large one
+    python bench.py --target DIR --round-draft 5,4 --draft DIR          several drafts, one run of ar; tables and files grow as it goes
     python bench.py --pad llama-3.1-8b --pad-draft smollm2-135m         the same for both models of the embedded pair
     python bench.py --target-shape llama-3.1-8b --draft-shape llama-3.2-1b --accept-rate 0.8     random weights: SYNTHETIC
-    python bench.py --sweep k,fanout,tree,cta                   which lookahead, fan-out, tree, share of the GPU?
+    python bench.py --sweep k,fanout,tree,cta                   which lookahead, fan-out, tree, share of the GPU? tree=32: that one
     python bench.py --tune                                      sd and ssd also as --tune finds them fastest
     python bench.py --vs-transformers                           the same model and prompts in transformers
     python bench.py --steps llama-3.1-8b --context 128,2048,8192     ms a token and share of the ceiling, random weights
@@ -18,9 +19,14 @@ A token is one that was given out: accepted drafted tokens and the target's own,
 sequences of a batch together; the first rounds of a run and those around a step that wasn't the replay of a CUDA graph are left out
 of it (how many is in the JSON). "First token" is what a user waits for: prompt processing of both models and a first round. The ceiling
 is the time in which a plain copy moves the bytes that one target step must read; "of ceiling" is that over ms per round.
-Figures are medians of repeats with [least..most]; modes take turns within a repeat, and a ratio is that of one repeat.
+Figures are medians of repeats with [least..most]; within a repeat the modes take turns at every prompt, and a ratio is that of one
+repeat. A repeat in which a mode decodes for less than half a second goes over the prompts several times. "x sd" is against the sd with
+the same speculation, if the table has it. "ms of a round" is from another run, of two prompts, watched by events: what part of a round
+was a verify, drafting that no verify hid, a backup after a miss, the look-up, or waiting for the host.
 """
+import gc
 import json
+import math
 import shlex
 import sys
 import time
@@ -41,9 +47,10 @@ from kernels import Share
 from kernels import tune as linears
 from measure import report
 from measure.flags import parse_flags
-from measure.pairs import check_memory, lengthened, shape, shape_pair, synthetic, text_pair
+from measure.pairs import check_memory, lengthened, shape, shape_pair, synthetic, text_pairs
 from measure.plot import plot
 from measure.predict import parts, predictions
+from measure.rounds import split
 from measure.speculation import speculation
 from measure.timing import Step, card, model_bytes, random_cache, random_model, seconds_of, step_bytes
 from model import LlamaConfig
@@ -51,8 +58,14 @@ from shapes import SHAPES
 from timeline import Timeline, hidden_share, host_wait
 from tune import choose, describe, find, shares, usual_share
 
-COUNTED = "tokens", "seconds", "rounds", "sequence_rounds", "accepted", "tested", "hits", "lookups", "prefill_seconds"
+COUNTED = ("tokens", "seconds", "rounds", "sequence_rounds", "accepted", "tested", "hits", "lookups", "batch_hits", "batch_lookups",
+           "prefill_seconds")
 SETTLE = 3              # rounds at the start of a run that aren't timed
+WARM_UP = 2             # groups of prompts that all contestants run before anything is timed
+LEAST_SECONDS = 0.5     # of decoding in a repeat: small models go over the prompts several times
+MOST_PASSES = 100
+CLOSER = 6              # rows of a table of which it is looked up where a round goes; of longer ones only sd and ssd
+TREE_DEPTH = 10         # greatest depth of the trees that --sweep tree tries
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,35 +109,64 @@ class Contestant:
 
 
 def compare(contestants, groups, repeats, device):
-    """Let {label: contestant} take turns. Returns {label: [what was counted in each repeat]} and {label: texts}."""
-    counted, texts = {label: [] for label in contestants}, {}
-    batching.IDLE = max(batching.IDLE, len(contestants))        # each keeps its graphs from turn to turn
-    for repeat in range(-1, repeats):                           # -1 warms up: compiles, measures acceptance for the plans
-        turn = max(repeat, 0) % len(contestants)
-        for label in [*contestants][turn:] + [*contestants][:turn]:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats(device)
-            total, texts[label] = Counter(), []
-            for first, group in enumerate(groups):
-                seeds = list(range(first * len(group), (first + 1) * len(group)))
-                kept, text = contestants[label].run(group, seeds)
-                total += kept
-                texts[label] += text
-            if not total["tokens"]:
+    """Let {label: contestant} take turns on every group of prompts.
+
+    Returns {label: [what was counted in each repeat]}, {label: texts} and {label: how often a repeat goes over the groups}:
+    more than once where a single time is too short to tell anything.
+    """
+    total, texts = {}, {}
+    lengths = [max(map(len, group)) for group in groups]
+    kinds = (max(lengths) - min(lengths)) // batching.SLOTS + 2             # of requests, by what their KV caches hold, at most
+    batching.IDLE = max(batching.IDLE, kinds * len(contestants))            # each keeps its graphs from turn to turn
+
+    def turn(label, first, into):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats(device)
+        size = len(groups[first])
+        kept, text = contestants[label].run(groups[first], list(range(first * size, (first + 1) * size)))
+        into[label] = into.get(label, Counter()) + kept
+        into[label]["peak"] = max(total.get(label, kept)["peak"], peak_memory(device))
+        texts.setdefault(label, {})[first] = text
+
+    warm, passes = {}, {}                                       # compiles, measures acceptance for the plans
+    for label in contestants:
+        for first in spread_over(range(len(groups)), WARM_UP):
+            turn(label, first, warm)
+        kept = warm[label]
+        once = kept["seconds"] * (1 + kept["left_out"] / max(1, kept["rounds"])) * len(groups) / min(WARM_UP, len(groups))
+        passes[label] = min(MOST_PASSES, max(1, math.ceil(LEAST_SECONDS / once))) if once else 1
+    counted, most = {label: [] for label in contestants}, max(passes.values())
+    for repeat in range(repeats):
+        gc.collect()                                            # or Python would, somewhere on the way
+        total, order = {}, [*contestants][repeat % len(contestants):] + [*contestants][:repeat % len(contestants)]
+        for number in range(most):
+            for first in range(len(groups)):
+                for label in order:
+                    if number * passes[label] % most < passes[label]:       # as often as it wants to, spread over the repeat
+                        turn(label, first, total)
+        for label, kept in total.items():
+            if not kept["tokens"]:
                 raise UserError("there was nothing to time: all texts ended within the first rounds; raise --max-new-tokens")
-            total["peak"] = peak_memory(device)
-            if repeat >= 0:
-                counted[label].append(total)
-    return counted, texts
+            counted[label].append(kept)
+    return counted, {label: sum((text for _, text in sorted(found.items())), []) for label, found in texts.items()}, passes
 
 
-def watched(contestant, group):
-    """Run ssd once more with the time of each step taken: what the target waits for the host, and the draft's hidden share."""
+def spread_over(things, n):
+    """n of them, evenly spread, or all if there are fewer."""
+    n = min(n, len(things))
+    return [things[i * len(things) // n] for i in range(n)]
+
+
+def watched(contestant, groups):
+    """Run sd or ssd once more with the time of each step taken: where a round goes, and for ssd what the target waits for the
+    host after a hit, and the draft's hidden share."""
     contestant.stats.timeline = Timeline(target=contestant.pair.target.device, draft=contestant.pair.draft.device)
-    contestant.run(group, list(range(len(group))))
+    for first in spread_over(range(len(groups)), WARM_UP):
+        contestant.stats.timeline.next_text()
+        contestant.run(groups[first], list(range(first * len(groups[first]), (first + 1) * len(groups[first]))))
     spans, contestant.stats.timeline = contestant.stats.timeline.spans(), None
-    return dict(host=host_wait(spans), hidden=hidden_share(spans))
+    return dict(host=host_wait(spans), hidden=hidden_share(spans), split=split(spans, SETTLE))
 
 
 def spread(values):
@@ -133,29 +175,32 @@ def spread(values):
     return [median(values), min(values), max(values)]
 
 
-def rows_of(contestants, counted, texts, floor, groups):
-    """A dict of results for each contestant; floor: seconds that a target step takes at least."""
+def rows_of(contestants, counted, texts, floor, begun):
+    """A dict of results for each contestant; floor: seconds that a target step takes at least; begun: runs in a repeat."""
     speeds = {label: [r["tokens"] / r["seconds"] for r in runs] for label, runs in counted.items()}
     rows = []
     for label, contestant in contestants.items():
         runs, total = counted[label], sum(counted[label], Counter())
         rate = lambda a, b: total[a] / total[b] if total[b] else None
         against = lambda other: spread(a / b for a, b in zip(speeds[label], speeds[other])) if other in speeds else None
+        same_sd = label.replace("ssd", "sd", 1)                 # the same speculation, if it was run
         same = all(a[:len(b)] == b[:len(a)] for a, b in zip(texts[label], texts[next(iter(contestants))]))
         round_ms = spread(1e3 * r["seconds"] / r["rounds"] for r in runs)
         rows.append(dict(
             label=label, mode=contestant.mode, share=contestant.share,
             options=asdict(contestant.options) if contestant.options else None,
             tok_s=spread(speeds[label]), round_ms=round_ms, tokens_per_round=rate("tokens", "sequence_rounds"),
-            acceptance_rate=rate("accepted", "tested"), hit_rate=rate("hits", "lookups"), of_ceiling=1e3 * floor / round_ms[0],
-            first_ms=spread(1e3 * r["first"] / len(groups) for r in runs),
-            prefill_ms=spread(1e3 * r["prefill_seconds"] / len(groups) for r in runs), peak_bytes=max(r["peak"] for r in runs),
-            vs_ar=against("ar"), vs_sd=against("sd"), same_text=same, rounds=total["rounds"], left_out=total["left_out"]))
+            acceptance_rate=rate("accepted", "tested"), hit_rate=rate("hits", "lookups"),
+            batch_hit_rate=rate("batch_hits", "batch_lookups"), of_ceiling=1e3 * floor / round_ms[0],
+            first_ms=spread(1e3 * r["first"] / begun[label] for r in runs),
+            prefill_ms=spread(1e3 * r["prefill_seconds"] / begun[label] for r in runs), peak_bytes=max(r["peak"] for r in runs),
+            vs_ar=against("ar"), vs_sd=against(same_sd if contestant.mode == "ssd" and same_sd in speeds else "sd"),
+            same_text=same, rounds=total["rounds"], left_out=total["left_out"]))
     return rows
 
 
-def contestants_for(args, pair, group, share):
-    """{label: contestant}: ar, sd and ssd, and what --tune (on a group of prompts), --sweep or --vs-transformers add.
+def contestants_for(args, pair, group, share, more=True):
+    """{label: contestant}: ar, sd and ssd, and if `more` what --tune (on a group of prompts), --sweep or --vs-transformers add.
 
     share: the Share of ssd's target.
     """
@@ -165,14 +210,19 @@ def contestants_for(args, pair, group, share):
         found |= {"sd": make("sd", args.options), "ssd": make("ssd", args.options, share)}
         for what, modes, field, values in (
                 ("k", ("sd", "ssd"), "k", (2, 3, 4, 6, 8, 10)), ("fanout", ("ssd",), "fanout_budget", (4, 8, 16, 32, 64)),
-                ("tree", ("sd", "ssd"), "tree", ("8", "16", "32", "64"))):
-            for mode in modes if what in args.sweep else ():
-                for value in values:
-                    options = replace(args.options, **{field: value}, **({"k": 10} if what == "tree" else {}))
-                    title = {"k": f"K = {value}", "fanout": f"{value} outcomes", "tree": f"tree of {value}"}[what]
+                ("tree", ("sd", "ssd"), "tree", (8, 16, 32, 64))):
+            given = args.sweep.get(what)
+            for mode in modes if more and given is not None else ():
+                for value in given or values:
+                    options = replace(args.options, **{field: value})
+                    if what == "tree":
+                        options = replace(options, tree=str(value), k=args.options.k if given else TREE_DEPTH)
+                    options.check()
+                    title = {"k": f"K = {value}", "fanout": f"{value} outcomes",
+                             "tree": f"tree of {value}, depth {options.k}"}[what]
                     if options != args.options:                             # else it is plain sd or ssd
                         found[f"{mode}, {title}"] = make(mode, options, share if mode == "ssd" else None)
-        if args.tune:
+        if args.tune and more:
             times, stats = find(pair.target, pair.draft, group, args.sampling, args.options, pair.stop_ids)
             plans = choose(times, stats, pair.draft, args.options)
             print(*describe(times, plans), sep="\n", flush=True)
@@ -180,33 +230,36 @@ def contestants_for(args, pair, group, share):
                 plan = plans[mode]
                 options = replace(args.options, k=plan.k, tree=plan.tree, fanout_budget=plan.fanout_budget)
                 found[f"{mode}, tuned"] = make(mode, options, plan.share)
-        for other in (None, *shares(pair.target)) if "cta" in args.sweep else ():
+        for other in (None, *shares(pair.target)) if more and "cta" in args.sweep else ():
             if other != share:
                 found[f"ssd, {other or 'full grid'}"] = make("ssd", args.options, other)
-    if args.vs_transformers:
+    if args.vs_transformers and more:
         from measure.peers import transformers_contestants
         found |= transformers_contestants(pair, args.sampling, args.max_new_tokens, args.options.k)
     return found
 
 
+def pairs_for(args):
+    """The pairs to time: as asked for, or by default the embedded one and, on a GPU, the same at the cost of an 8B target."""
+    if args.target_shape:
+        yield shape_pair(args)
+    elif args.target or args.pad or args.device.type == "cpu":
+        yield from text_pairs(args, args.pad, args.pad_draft)
+    else:
+        yield from text_pairs(args, None, None)
+        try:
+            yield from text_pairs(args, "llama-3.1-8b", "smollm2-135m")
+        except UserError as error:
+            print(f"\nnot run: the embedded pair at the cost of an 8B target: {error}")
+
+
 def speed(args):
     """Time the modes on every pair, batch size and context asked for."""
-    machine, results = card(args.device), []
+    machine, results, known, first = card(args.device), [], {}, None
     print("\n".join(report.card_lines(machine)), flush=True)
-    if args.target_shape:
-        makers = [lambda: shape_pair(args)]
-    elif args.target or args.pad or args.device.type == "cpu":
-        makers = [lambda: text_pair(args, args.pad, args.pad_draft)]
-    else:
-        makers = [lambda: text_pair(args, None, None), lambda: text_pair(args, "llama-3.1-8b", "smollm2-135m")]
-    for number, maker in enumerate(makers):
-        try:
-            pair = maker()
-        except UserError as error:
-            if number == 0:
-                raise
-            print(f"\nnot run: the embedded pair at the cost of an 8B target: {error}")
-            continue
+    for pair in pairs_for(args):
+        more = first is not pair.target                         # of several drafts of a target the first is looked at closely
+        first = pair.target
         share = Share(*args.ctas) if args.ctas else usual_share(pair.target, pair.draft)
         for context in args.context or [None]:
             prompts = pair.prompts if context is None else lengthened(pair.prompts, context)
@@ -223,22 +276,32 @@ def speed(args):
                             prompt_tokens=[min(lengths), max(lengths)], new_tokens=args.max_new_tokens,
                             dtype=str(args.dtype)[6:], temperature=args.sampling.temperature, share=share,
                             options=asdict(args.options), weight_bytes=weights, kv_bytes=size * cached,
-                            floor_ms=1e3 * floor, repeats=args.repeats,
+                            floor_ms=1e3 * floor, repeats=args.repeats, ar_as_above=not more,
                             parameters=[model_bytes(model.config, args.dtype) // args.dtype.itemsize for model in models])
                 print("\n" + "\n".join(report.run_lines(head, machine)), flush=True)
                 with synthetic(pair):
-                    contestants = contestants_for(args, pair, groups[0], share)
-                    counted, outputs = compare(contestants, groups, args.repeats, args.device)
-                    apart = pair.draft is not None and size == 1 and args.options.tree is None
-                    seen = watched(contestants["ssd"], groups[0]) if apart else {}
-                head["modes"] = rows_of(contestants, counted, outputs, floor, groups)
-                if apart:
+                    contestants = contestants_for(args, pair, groups[0], share, more)
+                    others = {label: c for label, c in contestants.items() if more or label != "ar"}
+                    found = compare(others, groups, args.repeats, args.device)
+                    if not more:                                # ar knows of no draft: it was run before the first one
+                        found = tuple({"ar": ar, **rest} for ar, rest in zip(known[context, size], found))
+                    known[context, size] = [part["ar"] for part in found]
+                    closer = [label for label, c in others.items() if size == 1 and c.mode in ("sd", "ssd")]
+                    seen = {label: watched(others[label], groups) for label in (closer if len(closer) <= CLOSER else closer[:2])}
+                counted, outputs, passes = found
+                head["passes"] = passes
+                head["modes"] = rows_of(contestants, counted, outputs, floor,
+                                        {label: n * len(groups) for label, n in passes.items()})
+                if pair.draft is not None and size == 1 and args.options.tree is None:
                     stats = contestants["ssd"].stats
                     head["parts"], head["model"] = parts(pair, stats, args.sampling, args.options, int(middle), share)
-                    head["parts"] |= seen
+                    head["parts"] |= {name: seen["ssd"][name] for name in ("host", "hidden")}
+                head["split"] = {label: s["split"] | dict(hidden=s["hidden"]) for label, s in seen.items() if s["split"]}
                 print("\n".join(report.mode_lines(head)), flush=True)
                 results.append(head)
-    return dict(kind="speed", card=machine, runs=results)
+                result = dict(command=args.command, kind="speed", card=machine, runs=results)
+                write_files(args, result)                       # what is there stays there, whatever happens to the next
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,7 +313,7 @@ def steps(args):
     for name in args.steps:
         config = shape(name)
         contexts = args.context or [512]
-        check_memory(args, config, None, max(contexts))
+        check_memory(args, config, [], max(contexts))
         model = random_model(config, args.device, args.dtype)
         for context in contexts:
             weights, cached = step_bytes(config, args.dtype, context)
@@ -291,7 +354,7 @@ def predict(args):
     drafts = [args.draft_shape] if args.draft_shape else [d for d in SHAPES if SHAPES[d].dim < shape(name).dim and cuda]
     configs = {draft: shape(draft) for draft in drafts} or {"embedded draft": LlamaConfig.from_folder(WEIGHTS / "draft")}
     context, rows = (args.context or [512])[0], []
-    check_memory(args, shape(name), max(configs.values(), key=lambda c: model_bytes(c, args.dtype)), context)
+    check_memory(args, shape(name), [max(configs.values(), key=lambda c: model_bytes(c, args.dtype))], context)
     target = random_model(shape(name), args.device, args.dtype)
     for draft, config in configs.items():
         rows += predictions(target, random_model(config, args.device, args.dtype), draft, context)
@@ -314,9 +377,20 @@ def command_line(argv):
     return shlex.join(["python", "bench.py", *kept])
 
 
+def write_files(args, result):
+    """What --json and --plot ask for. Raises UserError."""
+    for path, text in ((args.json, json.dumps(result, indent=1) + "\n"), (args.plot, plot(result))):
+        if path:
+            try:
+                Path(path).write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"{path}: {error.strerror}") from None
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_flags(argv, __doc__)
+    args.command = command_line(argv)
     if args.report:
         return report.write()
     if args.device.type == "cuda":
@@ -324,18 +398,13 @@ def main(argv=None):
     work = (steps if args.steps else kernel_speeds if args.kernels else predict if args.predict else
             speculation if args.speculation else speed)
     try:
-        result = dict(command=command_line(argv), **work(args))
+        result = dict(command=args.command) | work(args)
     except torch.OutOfMemoryError as error:
         raise UserError(f"{str(error).splitlines()[0]} Choose a smaller shape, or lower --batch, --context or "
                         f"--fanout-budget.") from None
     if work is not speed:
         print("\n" + report.tables(result), end="")
-    for path, text in ((args.json, json.dumps(result, indent=1) + "\n"), (args.plot, plot(result))):
-        if path:
-            try:
-                Path(path).write_text(text, encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"{path}: {error.strerror}") from None
+        write_files(args, result)
     print(json.dumps(result))
 
 

@@ -9,10 +9,11 @@ import torch
 import bench
 import tune
 from errors import UserError
-from measure import flags, pairs, predict, report, timing
+from measure import flags, pairs, predict, report, rounds, timing
 from measure.plot import plot
 from model import Llama, LlamaConfig
 from sampling import Sampling
+from timeline import Span
 
 TINY = LlamaConfig(vocab_size=64, dim=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=48, tie_embeddings=True)
 
@@ -22,6 +23,7 @@ def tiny_shapes(monkeypatch):
     for name in ("tiny", "tiny-draft"):
         monkeypatch.setitem(bench.SHAPES, name, TINY)
     monkeypatch.setitem(timing.COPY_BYTES, "cpu", 1 << 20)
+    monkeypatch.setattr(bench, "LEAST_SECONDS", 0.0)
     for module in (timing, bench):
         monkeypatch.setattr(module, "seconds_of", lambda run, *devices: (run(), (1e-3, 2e-3, 4e-3))[1])
 
@@ -98,7 +100,8 @@ def test_speed_of_the_embedded_pair(capsys, tiny_shapes, tmp_path):
                           "--k", "4", "--json", where[0], "--plot", where[1])
     assert result["command"] == "python bench.py --max-new-tokens 32 --repeats 2 --batch 1,2 --temperature 0.5 --k 4 --device cpu"
     assert json.loads((tmp_path / "a.json").read_text()) == result
-    assert "What runs when" in (tmp_path / "a.svg").read_text()
+    drawn = (tmp_path / "a.svg").read_text()
+    assert drawn.count("What runs when") == drawn.count("By batch size") == 1 and drawn.count("tok/s</title>") == 3
     assert [head["batch"] for head in result["runs"]] == [1, 2]
     for head in result["runs"]:
         assert [m["label"] for m in head["modes"]] == ["ar", "sd", "ssd"]
@@ -132,6 +135,7 @@ def test_synthetic_acceptance(capsys, tiny_shapes):
                           "1", "--max-new-tokens", "300")
     (head,) = result["runs"]
     assert head["synthetic"] and "SYNTHETIC: tiny + tiny-draft" in printed and "SYNTHETIC mode" in printed
+    assert "SYNTHETIC: tiny + tiny-draft" in plot(result) and "SYNTHETIC: tiny + tiny-draft" in report.tables(result)
     assert all(m["same_text"] for m in head["modes"])
     ar, sd, ssd = head["modes"]
     assert abs(sd["acceptance_rate"] - 0.8) < 0.04 and abs(ssd["acceptance_rate"] - 0.8) < 0.04
@@ -151,9 +155,21 @@ def test_padded_pair(capsys, monkeypatch):
         assert a["tokens_per_round"] == b["tokens_per_round"] and a["acceptance_rate"] == b["acceptance_rate"]
 
 
+def test_what_is_measured_is_kept(tiny_shapes, monkeypatch, tmp_path):
+    """A run that fails leaves the runs before it in the file."""
+    real = bench.compare
+    monkeypatch.setattr(bench, "compare", lambda contestants, groups, *more: real(contestants, groups, *more) if len(groups[0]) < 2
+                        else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bench.main(["--device", "cpu", "--batch", "1,2", "--max-new-tokens", "32", "--repeats", "1", "--sequences", "1", "--json",
+                    str(tmp_path / "a.json")])
+    kept = report.read(tmp_path / "a.json")
+    assert [head["batch"] for head in kept["runs"]] == [1] and kept["command"].startswith("python bench.py --device cpu --batch 1,2")
+
+
 def test_settled_rounds_only(monkeypatch):
     """The first rounds, those with a step that isn't replayed and the ones after them are left out of time and tokens."""
-    pair = pairs.text_pair(flags.parse_flags(["--device", "cpu"]), None, None)
+    pair, = pairs.text_pairs(flags.parse_flags(["--device", "cpu"]), None, None)
     contestant = bench.Contestant(pair, "ar", None, Sampling(), 32)
     kept, (text,) = contestant.run([pair.prompts[0]], [0])
     assert kept["tokens"] == kept["rounds"] == len(text) - bench.SETTLE and kept["left_out"] == bench.SETTLE
@@ -211,11 +227,13 @@ def test_predict(capsys, tiny_shapes):
 @pytest.mark.parametrize("flags, says", [
     (["--steps", "llama-9"], "llama-9.*llama-3.1-8b"), (["--kernels", "llama-3.1-8b"], "needs a CUDA GPU"),
     (["--target", "/nowhere"], "no such checkpoint folder"), (["--prompts", "/nowhere"], "/nowhere"),
-    (["--sweep", "colour"], "colour"), (["--batch", "0"], "at least 1"), (["--max-new-tokens", "4"], "at least 32"),
+    (["--sweep", "colour"], "colour"), (["--sweep", "tree=0"], "tree=0"), (["--sweep", "cta=4"], "cta=4"),
+    (["--round-draft", "a"], "whole numbers"), (["--batch", "0"], "at least 1"), (["--max-new-tokens", "4"], "at least 32"),
     (["--draft-shape", "smollm2-135m"], "--target-shape"), (["--target-shape", "llama-3.2-1b", "--accept-rate", "0.5"], "together"),
     (["--target-shape", "llama-3.2-1b", "--chat", "--prompts", "x"], "leave out"), (["--k", "0"], "--k"),
     (["--target-shape", "llama-3.1-8b", "--batch", "100000"], r"GB are needed.*lower --batch"), (["--batch", "a"], "--batch"),
-    (["--context", "2000"], "context of 1024"), (["--sweep", "k", "--predict"], "alone"), (["--steps", "tiny", "--speculation"], "alone"),
+    (["--context", "2000"], "context of 1024"), (["--sweep", "k", "--predict"], "alone"),
+    (["--predict", "--batch", "2"], "of batch 1"), (["--steps", "tiny", "--speculation"], "alone"),
     (["--target-shape", "tiny", "--tune"], "need a draft"),
     (["--round-draft", "0"], "at least 1"), (["--json", "/"], "a file in a folder")])
 def test_bad_requests(flags, says, tiny_shapes):
@@ -230,3 +248,91 @@ def test_transformers_writes_the_same(tiny_shapes, capsys):
     rows = {m["label"]: m for m in result["runs"][0]["modes"]}
     assert rows["transformers generate"]["same_text"] and rows["transformers assisted"]["same_text"]
     assert rows["transformers assisted"]["tokens_per_round"] > 1.5
+
+
+def test_several_drafts_of_one_target(capsys, monkeypatch, tiny_shapes):
+    """ar is run once, --sweep is of the first draft, and ssd with a tree is held against sd with that tree."""
+    texts, real = [], bench.MODES["ar"]
+    monkeypatch.setitem(bench.MODES, "ar", lambda *args, **kwargs: texts.append(args[1]) or real(*args, **kwargs))
+    result, printed = run(capsys, "--round-draft", "5,3", "--draft", str(bench.WEIGHTS / "draft"), "--sweep", "tree=7", "--k", "3",
+                          "--repeats", "1", "--sequences", "1", "--max-new-tokens", "40")
+    assert len(texts) == 2, "a warm-up and a repeat"
+    first, *others = result["runs"]
+    assert [head["pair"] for head in result["runs"]] == [
+        "the embedded pair, the draft itself rounded to 5 bits", "the embedded pair, the draft itself rounded to 3 bits",
+        "the embedded pair + draft"]
+    labels = ["ar", "sd", "ssd", "sd, tree of 7, depth 3", "ssd, tree of 7, depth 3"]
+    assert [m["label"] for m in first["modes"]] == labels and first["modes"][3]["options"]["tree"] == "7"
+    for head in others:
+        assert [m["label"] for m in head["modes"]] == labels[:3] and head["modes"][0]["tok_s"] == first["modes"][0]["tok_s"]
+    assert len({head["modes"][1]["tokens_per_round"] for head in result["runs"]}) > 1, "other drafts"
+    assert all(m["same_text"] for head in result["runs"] for m in head["modes"])
+    sd, ssd = (first["modes"][i]["tok_s"][0] for i in (3, 4))
+    assert first["modes"][4]["vs_sd"][0] == ssd / sd and printed.count("the run of the table above") == 2
+    assert [*first["split"]] == labels[1:] and "draft not hidden" in printed
+    drawn = plot(result)
+    assert ">sd, tree of 7, depth 3<" in drawn and "tokens in the tree" not in drawn, "one value is a bar, not a line"
+
+
+class Clockless:
+    """A contestant whose runs take as long as it is told."""
+    def __init__(self, name, seconds, log):
+        self.name, self.seconds, self.log = name, seconds, log
+
+    def run(self, group, seeds):
+        self.log.append((self.name, *group, seeds))
+        return bench.Counter(tokens=10, seconds=self.seconds, rounds=10), [[1]]
+
+
+def test_turns(monkeypatch):
+    """The warm-up is of two groups; a repeat goes over the prompts as often as it takes to last; modes change at every group."""
+    monkeypatch.setattr(bench, "LEAST_SECONDS", 1.0)
+    log = []
+    contestants = {"slow": Clockless("slow", 0.1, log), "fast": Clockless("fast", 0.06, log)}
+    counted, texts, passes = bench.compare(contestants, [["abcde"[i]] for i in range(5)], 3, torch.device("cpu"))
+    assert log[:4] == [("slow", "a", [0]), ("slow", "c", [2]), ("fast", "a", [0]), ("fast", "c", [2])]
+    assert passes == {"slow": 2, "fast": 4} and texts["slow"] == [[1]] * 5
+    assert bench.batching.IDLE >= 4, "two contestants, requests of two kinds at most"
+    assert [r["tokens"] for r in counted["slow"]] == [100] * 3 and [r["tokens"] for r in counted["fast"]] == [200] * 3
+    assert [name for name, _, _ in log[4:34]] == ["slow", "fast"] * 5 + ["fast"] * 5 + ["slow", "fast"] * 5 + ["fast"] * 5
+    assert log[34][0] == "fast", "the next repeat begins with another one"
+
+
+def test_parts_of_a_round_add_up():
+    span = lambda name, lane, round, start, end: Span(name, lane, round, start * 1e-3, end * 1e-3)
+    spans = []
+    for r in range(6):                          # a verify of 5, a draft that ends 1 later, a join of 1, a backup of 2, 1 of nothing
+        at = 10 * r
+        spans += [span("verify", "target", r, at, at + 5), span("draft", "draft", r, at + .5, at + 6),
+                  span("join", "draft", r, at + 6, at + 7), span("miss", "draft", r, at + 7, at + 9),
+                  span("read-back", "host", r, at + 7, at + 9)]
+    found = rounds.split(spans, 2)
+    assert {name: round(ms, 9) for name, ms in found.items()} == \
+        dict(draft=1.0, miss=2.0, join=1.0, round=10.0, verify=5.0, rest=1.0)
+    late = [span("verify", "target", 6, 500, 505), span("verify", "target", 7, 510, 515)]      # something was recorded before it
+    assert rounds.split(spans + late, 2)["round"] < 11
+    assert rounds.split(spans[:5], 2) == {}
+
+
+def test_prompts_are_spread():
+    rows = [json.loads(line) for line in (report.ROOT / "prompts" / "humaneval20_gsm8k20_mtbench20.jsonl").read_text().splitlines()]
+    assert len({row["id"] for row in rows}) == 60 and all(row["prompt"] for row in rows)
+    assert [sum(row["id"].startswith(name) for row in rows) for name in ("HumanEval", "gsm8k", "mtbench")] == [20] * 3
+    assert len({row["category"] for row in rows}) == 9, "all eight of mtbench, one of which is math, and code"
+
+
+def test_a_sweep_is_drawn_as_lines():
+    """Each of K, tree and fan-out where it has two values; what has no axis, a share of the GPU, is a bar; long names fit in."""
+    row = dict(tok_s=[5.0, 4.0, 6.0], vs_ar=[2.0] * 3, hit_rate=0.5)
+    options = lambda **given: dict(k=6, tree=None, fanout_budget=16) | given
+    modes = [dict(row, label=mode, mode=mode, options=options()) for mode in ("ar", "sd", "ssd")]
+    modes += [dict(row, label="ssd, 8 outcomes", mode="ssd", options=options(fanout_budget=8)),
+              dict(row, label="ssd, K = 4", mode="ssd", options=options(k=4)), dict(row, label="ssd, full grid", mode="ssd", options=options()),
+              dict(row, label="ssd, tree of 8, depth 6", mode="ssd", options=options(tree="8"))]
+    head = dict(pair="pair " * 40, prompt_tokens=[5, 5], batch=1, dtype="float32", repeats=1, modes=modes)
+    drawn = plot(dict(kind="speed", runs=[head], card=dict(device="x" * 60)))
+    ElementTree.fromstring(drawn)
+    texts = [line for line in drawn.splitlines() if line.startswith("<text")]
+    shown = lambda words: sum(f">{words}<" in text for text in texts)
+    assert [shown(w) for w in ("lookahead K", "outcomes guessed", "tokens in the tree", "ssd, full grid", "ssd, K = 4")] == [1, 2, 0, 1, 0]
+    assert shown("ssd, tree of 8, depth 6") == 1 and shown("prompts of 5 to 5") == 0 and max(map(len, texts)) < 240

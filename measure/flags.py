@@ -12,12 +12,30 @@ from sampling import Sampling
 from shapes import SHAPES
 
 
+SWEPT = "k", "fanout", "tree", "cta"
+
+
 def names(text):
     return text.split(",")
 
 
 def numbers(text):
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 1,2,8, got '{text}'") from None
+
+
+def sweeps(text):
+    """k,tree=16,tree=32 -> {"k": [], "tree": [16, 32]}: no values mean the usual ones."""
+    found = {}
+    for part in text.split(","):
+        what, given, value = part.partition("=")
+        if what not in SWEPT or given and (what == "cta" or not value.isdigit() or int(value) < 1):
+            raise argparse.ArgumentTypeError(f"expected {', '.join(SWEPT)}, the first three with a number as in tree=32 or "
+                                             f"without, got '{part}'")
+        found.setdefault(what, []).extend([int(value)] if given else [])
+    return found
 
 
 def parse_flags(argv, description=None):
@@ -34,7 +52,7 @@ def parse_flags(argv, description=None):
             ("--json", "FILE", "write the JSON there too"), ("--plot", "FILE.svg", "draw the results")):
         add(flag, metavar=metavar, help=help)
     for flag, kind, metavar, default, help in (
-            ("--round-draft", int, "BITS", None, "draft: the target with its linears rounded to so many bits"),
+            ("--round-draft", numbers, "BITS,BITS", [], "draft: the target with its linears rounded to so many bits"),
             ("--accept-rate", float, "X", None, "SYNTHETIC acceptance for --target-shape and --draft-shape"),
             ("--temperature", float, "T", 0.0, "0 is greedy"), ("--max-new-tokens", int, "N", 128, "in every sequence"),
             ("--batch", numbers, "N,N", [1], "sequences at once"),
@@ -45,10 +63,10 @@ def parse_flags(argv, description=None):
             ("--k", int, "N", Options.k, "lookahead"), ("--tree", str, "TREE", None, "as in generate.py"),
             ("--ctas", numbers, "N,KB", None, "CTAs of a linear of ssd's target, KB in flight in each (GPU; default: its SMs,48)"),
             ("--fanout-budget", int, "N", Options.fanout_budget, "outcomes guessed in a round"),
-            ("--sweep", names, "k,fanout,tree,cta", [], "also time other values of these"),
+            ("--sweep", sweeps, "k,fanout,tree,cta", {}, "also time other values of these; tree=32: that one, as deep as --k"),
             ("--steps", names, "SHAPES", None, "time single steps with random weights"),
             ("--kernels", names, "SHAPES", None, "time single kernels (GPU)")):
-        help += "" if default in (None, []) else f" (default {default})"
+        help += "" if default in (None, [], {}) else f" (default {default})"
         add(flag, type=kind, metavar=metavar, default=default, help=help)
     add("--fanout", default=Options.fanout, choices=("uniform", "geometric", "auto"), help="how guesses spread over the places to stop")
     add("--draft-dtype", choices=("int8",), help="round the draft's weights to int8")
@@ -61,7 +79,7 @@ def parse_flags(argv, description=None):
         add(flag, action="store_true", help=help)
     args = parser.parse_args(argv)
     shapes, work = args.target_shape and not args.predict, (args.steps, args.kernels, args.predict, args.speculation)
-    optional = args.repeats, args.round_draft, *(args.ctas or [])
+    optional = args.repeats, *args.round_draft, *(args.ctas or [])
     drafts = args.draft or args.round_draft or args.draft_shape or not (args.target or args.target_shape)
     for wrong, message in (
         (min(*args.batch, *(args.context or []), *args.rows, args.sequences, *(n for n in optional if n is not None)) < 1,
@@ -70,7 +88,6 @@ def parse_flags(argv, description=None):
         (max(args.rows) > 128, "--rows: a step takes at most 128 tokens"),
         (args.max_new_tokens < 32, f"--max-new-tokens must be at least 32 to be timed, got {args.max_new_tokens}"),
         (not 0 <= args.temperature < math.inf, f"--temperature must be at least 0, got {args.temperature}"),
-        (set(args.sweep) - {"k", "fanout", "tree", "cta"}, f"--sweep takes k, fanout, tree and cta, not {','.join(args.sweep)}"),
         (shapes and (args.target or args.draft or args.pad or args.pad_draft or args.prompts or args.round_draft),
          "--target-shape means random weights: leave out --target, --draft, --round-draft, --pad, --pad-draft and --prompts"),
         (args.pad_draft and not (args.pad and drafts),
@@ -82,11 +99,11 @@ def parse_flags(argv, description=None):
         ((args.tune or args.sweep) and not drafts,
          "--tune and --sweep need a draft: give --draft DIR, --round-draft BITS or --draft-shape SHAPE"),
         (args.accept_rate is not None and not 0 <= args.accept_rate < 1, "--accept-rate must lie in [0, 1)"),
-        (args.draft and args.round_draft, "--draft or --round-draft, not both"),
         (any(work) and sum(map(bool, (*work, args.tune or args.vs_transformers or args.sweep))) > 1,
          "--steps, --kernels, --predict and --speculation are measured alone, without --tune, --sweep and --vs-transformers"),
         (args.vs_transformers and (args.batch != [1] or args.target_shape or args.draft_dtype),
          "--vs-transformers takes --batch 1 and a real pair, its draft not in int8"),
+        (args.batch != [1] and any(work[:3]), "--steps, --kernels and --predict are of batch 1"),
         (args.plot and (args.steps or args.kernels),
          "--plot draws speeds, --predict and --speculation, not single steps or kernels"),
         (any(path and (not Path(path).parent.is_dir() or Path(path).is_dir()) for path in (args.json, args.plot)),

@@ -55,13 +55,13 @@ def shape(name):
     return SHAPES[name]
 
 
-def check_memory(args, target, draft, prompt_tokens):
-    """UserError if the models and their KV caches won't fit; before anything is loaded."""
+def check_memory(args, target, drafts, prompt_tokens):
+    """UserError if the models and their KV caches won't fit (configs; drafts may be none); before anything is loaded."""
     options, size = args.options, max(args.batch)
     nodes, length = 1 + (options.k if options.tree is None else batching.MAX_NODES), prompt_tokens + args.max_new_tokens
     cache = lambda c, slots: 2 * c.n_layers * c.n_kv_heads * c.head_dim * slots * size * args.dtype.itemsize
     needed = model_bytes(target, args.dtype) + cache(target, length + 2 * nodes)
-    if draft is not None:
+    for draft in drafts:
         needed += model_bytes(draft, args.dtype) + cache(draft, length + nodes * (options.fanout_budget + 2))
     needed, cuda = 1.1 * needed + 0.3e9, args.device.type == "cuda"
     if cuda:
@@ -81,7 +81,7 @@ def shape_pair(args):
         if draft_config.vocab_size > config.vocab_size:
             raise UserError(f"the draft's vocabulary of {draft_config.vocab_size} is larger than the target's")
     lengths = args.context or [128]
-    check_memory(args, config, draft_config, max(lengths))
+    check_memory(args, config, [draft_config] if draft_config else [], max(lengths))
     target, draft = random_model(config, args.device, args.dtype), None
     if draft_config:
         draft = random_model(draft_config, args.device, args.dtype)
@@ -93,37 +93,46 @@ def shape_pair(args):
     return Pair(name, target, draft, prompts, set(), rank_law(args.accept_rate) if draft else None)
 
 
-def text_pair(args, padded, padded_draft):
-    """A pair that writes real text: checkpoint folders or the embedded pair, each padded to the shape of that name or not."""
+def text_pairs(args, padded, padded_draft):
+    """Pairs that write real text: checkpoint folders or the embedded pair, each padded to the shape of that name or not.
+
+    Yields one for every draft asked for, with the same target and prompts.
+    """
     folder, dtype, device = args.target or WEIGHTS / "target", args.dtype, args.device
     config, tokenizer = LlamaConfig.from_folder(folder), Tokenizer.from_folder(folder)
     encode = (lambda text: tokenizer.chat([{"role": "user", "content": text}])) if args.chat else tokenizer.prompt
     prompts = [encode(row["prompt"]) for row in read_rows(args).values()] if args.prompts else list(map(encode, OPENINGS))
-    draft_folder = folder if args.round_draft else args.draft or (None if args.target else WEIGHTS / "draft")
-    draft_config = LlamaConfig.from_folder(draft_folder) if draft_folder else None
-    whole = padded_config(config, shape(padded)) if padded else config
-    if draft_config and draft_config.target_vocab_size is None:
-        check_vocabularies(config, draft_config)
-    whole_draft = padded_config(draft_config, shape(padded_draft)) if draft_config and padded_draft else draft_config
-    check_memory(args, whole, whole_draft, max(args.context or map(len, prompts)))
-    name = "the embedded pair" if args.target is None else Path(folder).resolve().name
-    if args.round_draft:
-        name += f", the draft itself rounded to {args.round_draft} bits"
-    elif args.draft:
-        name += f" + {Path(args.draft).resolve().name}"
-    target = Llama.load(folder, "cpu" if padded else device, torch.float32 if padded else dtype)
-    if padded:
-        target, name = pad(target, shape(padded), device=device, dtype=dtype), f"{name}, the target padded to {padded}"
-    draft = Llama.load(draft_folder, *("cpu", torch.float32) if padded_draft else (device, dtype)) if draft_folder else None
-    if args.round_draft:
-        draft = rounded(draft, args.round_draft)
-    if padded_draft and draft is not None:
-        draft, name = pad(draft, shape(padded_draft), device=device, dtype=dtype), f"{name}, the draft to {padded_draft}"
-    if draft is not None and (draft.config.target_vocab_size or draft.config.vocab_size) < whole.vocab_size:
-        draft = trim(draft, whole.vocab_size)
-    if args.draft_dtype and draft is not None:
-        draft, name = draft.to_int8(), name + ", int8 draft"
-    return Pair(name, target, draft, prompts, set(tokenizer.eos_ids) | set(tokenizer.chat_stop_ids if args.chat else ()))
+    stop_ids = set(tokenizer.eos_ids) | set(tokenizer.chat_stop_ids if args.chat else ())
+    drafts = [(folder, bits) for bits in args.round_draft] + [(args.draft, None)] * bool(args.draft)
+    drafts = drafts or ([] if args.target else [(WEIGHTS / "draft", None)])
+    whole, whole_drafts = padded_config(config, shape(padded)) if padded else config, []
+    for draft_folder, _ in drafts:
+        draft_config = LlamaConfig.from_folder(draft_folder)
+        if draft_config.target_vocab_size is None:
+            check_vocabularies(config, draft_config)
+        whole_drafts.append(padded_config(draft_config, shape(padded_draft)) if padded_draft else draft_config)
+    check_memory(args, whole, whole_drafts, max(args.context or map(len, prompts)))
+
+    load = lambda folder, padded: Llama.load(folder, *("cpu", torch.float32) if padded else (device, dtype))
+    target = load(folder, padded)
+    target = pad(target, shape(padded), device=device, dtype=dtype) if padded else target
+    for draft_folder, bits in drafts or [(None, None)]:
+        name = "the embedded pair" if args.target is None else Path(folder).resolve().name
+        if bits:
+            name += f", the draft itself rounded to {bits} bits"
+        elif args.draft:
+            name += f" + {Path(args.draft).resolve().name}"
+        name += f", the target padded to {padded}" if padded else ""
+        draft = load(draft_folder, padded_draft) if draft_folder else None
+        if bits:
+            draft = rounded(draft, bits)
+        if padded_draft and draft is not None:
+            draft, name = pad(draft, shape(padded_draft), device=device, dtype=dtype), f"{name}, the draft to {padded_draft}"
+        if draft is not None and (draft.config.target_vocab_size or draft.config.vocab_size) < whole.vocab_size:
+            draft = trim(draft, whole.vocab_size)
+        if args.draft_dtype and draft is not None:
+            draft, name = draft.to_int8(), name + ", int8 draft"
+        yield Pair(name, target, draft, prompts, stop_ids)
 
 
 def lengthened(prompts, length):

@@ -7,18 +7,19 @@ MODES = "ar", "sd", "ssd"               # have a colour of their own
 def bars(canvas, modes):
     """tok/s of modes, with whiskers from the least to the most."""
     marks = ticks(max(m["tok_s"][2] for m in modes))
-    scale = (WIDTH - LEFT - RIGHT - 120) / marks[-1]
+    left = max(LEFT, 24 + 7 * max(len(m["label"]) for m in modes))
+    scale = (WIDTH - left - RIGHT - 120) / marks[-1]
     top, bottom = canvas.y, canvas.y + 26 * len(modes)
     for mark in marks:
-        canvas.line([(LEFT + mark * scale, top), (LEFT + mark * scale, bottom)], "grid")
-        canvas.text(LEFT + mark * scale, bottom + 14, f"{mark:g}", "small", "middle")
+        canvas.line([(left + mark * scale, top), (left + mark * scale, bottom)], "grid")
+        canvas.text(left + mark * scale, bottom + 14, f"{mark:g}", "small", "middle")
     for i, m in enumerate(modes):
         y, (middle, least, most) = top + 26 * i + 4, m["tok_s"]
-        canvas.text(LEFT - 8, y + 14, m["label"], "", "end")
-        canvas.rect(LEFT, y, middle * scale, 18, m["mode"] if m["mode"] in MODES else "other", f"{middle:.1f} tok/s")
-        canvas.line([(LEFT + least * scale, y + 9), (LEFT + most * scale, y + 9)], "whisker")
+        canvas.text(left - 8, y + 14, m["label"], "", "end")
+        canvas.rect(left, y, middle * scale, 18, m["mode"] if m["mode"] in MODES else "other", f"{middle:.1f} tok/s")
+        canvas.line([(left + least * scale, y + 9), (left + most * scale, y + 9)], "whisker")
         against = "" if m["vs_ar"] is None or m["label"] == "ar" else f"  ({m['vs_ar'][0]:.2f} x ar)"
-        canvas.text(LEFT + most * scale + 8, y + 14, f"{middle:.0f}{against}")
+        canvas.text(left + most * scale + 8, y + 14, f"{middle:.0f}{against}")
     canvas.text(WIDTH - RIGHT, bottom + 14, "tok/s", "small", "end")
     canvas.y = bottom + 34
 
@@ -58,7 +59,10 @@ def timeline(canvas, parts):
 
 
 def swept(modes, what):
-    """{mode: [(value, row)]} of the rows that --sweep added for k, fanout_budget or tree, and the plain row among them."""
+    """{mode: [(value, row)]} of the rows that --sweep added for k, fanout_budget or tree, and the plain row among them.
+
+    Empty if there is one value alone, which makes no line.
+    """
     title = {"k": "K = ", "fanout_budget": " outcomes", "tree": "tree of"}[what]
     found = {}
     for m in modes:
@@ -67,35 +71,55 @@ def swept(modes, what):
     for m in modes:
         if m["label"] in found and m["options"]["tree"] is None and what != "tree":
             found[m["label"]].append((m["options"][what], m))
-    return {mode: sorted(points, key=lambda point: point[0]) for mode, points in found.items()}
+    found = {mode: sorted(points, key=lambda point: point[0]) for mode, points in found.items()}
+    return found if len({value for points in found.values() for value, _ in points}) > 1 else {}
 
 
 def speed_plot(result):
-    canvas = Canvas()
+    canvas, batches = Canvas(), {}
     for head in result["runs"]:
-        plain = [m for m in head["modes"] if "," not in m["label"]]
-        name = head["pair"][0].upper() + head["pair"][1:]
-        note = f"{result['card']['device']}, {head['dtype']}, batch {head['batch']}, prompts of {head['prompt_tokens'][0]} to " \
-               f"{head['prompt_tokens'][1]} tokens; bars: medians, whiskers: least to most of {head['repeats']} repeats"
-        canvas.title(name, note)
-        bars(canvas, plain)
-        if "parts" in head:
-            canvas.title("What runs when", "each part timed alone, ssd's with the other model beside it; ssd: a hit, then a miss")
-            timeline(canvas, head["parts"])
+        least, most = head["prompt_tokens"]
+        batches.setdefault((head["pair"], most if least == most else None), []).append(head)
+    for heads in batches.values():
+        head, (least, most) = heads[0], heads[0]["prompt_tokens"]
         panels = [(swept(head["modes"], what), x, y, field) for what, x, y, field in (
             ("k", "lookahead K", "tok/s", "tok_s"), ("tree", "tokens in the tree", "tok/s", "tok_s"),
             ("fanout_budget", "outcomes guessed", "tok/s", "tok_s"), ("fanout_budget", "outcomes guessed", "hit rate", "hit_rate"))]
         panels = [panel for panel in panels if panel[0]]
-        for i in range(0, len(panels), 2):
-            canvas.y += 18
-            for j, (found, x, y, field) in enumerate(panels[i:i + 2]):
-                value = (lambda m: m["hit_rate"] or 0.0) if field == "hit_rate" else lambda m: m["tok_s"][0]
-                series = [(mode, mode, [(at, value(m)) for at, m in points]) for mode, points in found.items()]
-                lines(canvas, 60 + j * 380, 300, 150, series, (x, y), percent=field == "hit_rate")
-            canvas.y += 200
+        in_lines = {m["label"] for found, *_ in panels for points in found.values() for _, m in points} - {*MODES}
+        name = head["pair"][0].upper() + head["pair"][1:]
+        note = f"{result['card']['device']}, {head['dtype']}, batch {head['batch']}, prompts of " \
+               f"{least if least == most else f'{least} to {most}'} tokens; bars: medians, whiskers: least to most of " \
+               f"{head['repeats']} repeat{'s' * (head['repeats'] > 1)}"
+        canvas.title(name, note)
+        bars(canvas, [m for m in head["modes"] if m["label"] not in in_lines])
+        if "parts" in head:
+            canvas.title("What runs when", "each part timed alone, ssd's with the other model beside it; ssd: a hit, then a miss")
+            timeline(canvas, head["parts"])
         if panels:
-            legend(canvas, [("sd", "sd"), ("ssd", "ssd")])
+            canvas.title("Other lookaheads, trees, fan-outs", "medians; what isn't on an axis is as above")
+            legend(canvas, [(mode, mode) for mode in ("sd", "ssd")])
+            pairs_of_lines(canvas, [
+                ([(mode, mode, [(at, (m[field] or 0.0) if field == "hit_rate" else m[field][0]) for at, m in points])
+                  for mode, points in found.items()], (x, y), field == "hit_rate") for found, x, y, field in panels])
+        if len({h["batch"] for h in heads}) > 1:
+            canvas.title("By batch size", "tok/s of all sequences together; hits of each sequence, and rounds in which all hit")
+            legend(canvas, [(mode, mode) for mode in MODES] + [("ssd, all hit", "two")])
+            by_batch = lambda mode, value: [(h["batch"], value(m)) for h in heads for m in h["modes"] if m["label"] == mode]
+            hits = [("each", "ssd", by_batch("ssd", lambda m: m["hit_rate"] or 0.0)),
+                    ("all", "two", by_batch("ssd", lambda m: m.get("batch_hit_rate") or 0.0))]
+            speeds = [(mode, mode, by_batch(mode, lambda m: m["tok_s"][0])) for mode in MODES]
+            pairs_of_lines(canvas, [(speeds, ("sequences at once", "tok/s"), False), (hits, ("sequences at once", "hit rate"), True)])
     return canvas.svg()
+
+
+def pairs_of_lines(canvas, panels):
+    """Panels (series, labels of the axes, whether in percent), two in a row."""
+    for i in range(0, len(panels), 2):
+        canvas.y += 18
+        for j, (series, ends, percent) in enumerate(panels[i:i + 2]):
+            lines(canvas, 60 + j * 380, 300, 150, series, ends, percent=percent)
+        canvas.y += 200
 
 
 def predict_plot(result):

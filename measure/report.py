@@ -53,11 +53,11 @@ def run_lines(head, card):
     guess = "greedy" if head["temperature"] == 0 else f"temperature {head['temperature']:g}"
     speculation = f"K = {options['k']}" if options["tree"] is None else f"tree {options['tree']}"
     lines = [f"**{head['pair'][0].upper()}{head['pair'][1:]}** ({sizes} parameters), {head['dtype']}, batch {head['batch']}, "
-             f"{head['prompts']} prompts of {least if least == most else f'{least} to {most}'} tokens, up to "
+             f"{head['prompts']} prompt{'s' * (head['prompts'] > 1)} of {least if least == most else f'{least} to {most}'} tokens, up to "
              f"{head['new_tokens']} new ones each, {guess}; " +
              (f"{speculation}, {options['fanout_budget']} outcomes guessed ({options['fanout']} fan-out)" +
               (f", ssd's target with {Share(*head['share'])}; " if head["share"] else "; ")
-              if len(head["parameters"]) > 1 else "") + f"{head['repeats']} repeats.", ""]
+              if len(head["parameters"]) > 1 else "") + f"{head['repeats']} repeat{'s' * (head['repeats'] > 1)}.", ""]
     ceiling = (f"Ceiling: a target step reads {gigabytes(head['weight_bytes'])} of weights and {gigabytes(head['kv_bytes'])} of "
                f"K and V, at least {head['floor_ms']:.3f} ms, {1e3 * head['batch'] / head['floor_ms']:.0f} tok/s for ar.")
     if head["weight_bytes"] < card["cache_bytes"]:
@@ -68,14 +68,28 @@ def run_lines(head, card):
 def mode_lines(head):
     rows = []
     for r in head["modes"]:
+        hits = ratio(r["hit_rate"], ".3f")
+        if head["batch"] > 1 and r.get("batch_hit_rate") is not None:
+            hits += f" ({r['batch_hit_rate']:.3f} all)"
         rows.append([r["label"], spread(r["tok_s"]), spread(r["round_ms"], 2), ratio(r["tokens_per_round"], ".2f"),
-                     ratio(r["acceptance_rate"], ".3f"), ratio(r["hit_rate"], ".3f"), ratio(r["of_ceiling"], ".0%"),
+                     ratio(r["acceptance_rate"], ".3f"), hits, ratio(r["of_ceiling"], ".0%"),
                      spread(r["first_ms"], 0), gigabytes(r["peak_bytes"]), spread(r["vs_ar"], 2), spread(r["vs_sd"], 2),
                      "yes" if r["same_text"] else "no"])
     synthetic = "SYNTHETIC " if head["synthetic"] else ""
     columns = [synthetic + "mode", "tok/s", "ms per round", "tokens per round", "accepted", "hit rate", "of ceiling",
                "first token ms", "peak memory", "x ar", "x sd", "ar's text"]
     lines = [table(columns, rows)]
+    if head.get("ar_as_above"):
+        lines.append("ar, which knows of no draft, is the run of the table above.\n")
+    if max(head.get("passes", {}).values(), default=1) > 1:
+        times = "; ".join(f"{n} x {label}" for label, n in head["passes"].items())
+        lines.append(f"Runs over the prompts in a repeat, so that each lasts half a second: {times}.\n")
+    if head.get("split"):
+        columns = [synthetic + "ms of a round", "in all", "verify", "draft not hidden", "backup", "join", "waiting",
+                   "of the draft hidden"]
+        parts = [[label, *(f"{s[name]:.2f}" for name in ("round", "verify", "draft", "miss", "join", "rest")),
+                  f"{s['hidden']:.0%}" if label.startswith("ssd") else "-"] for label, s in head["split"].items()]
+        lines.append("Where a round goes, mean ms by events, in one more run:\n\n" + table(columns, parts))
     if "parts" in head:
         p, m = head["parts"], head["model"]
         lines.append(f"Parts of a round, each alone: target step {1e3 * p['ar']:.3f} ms, verify of {p['k'] + 1} "

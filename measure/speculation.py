@@ -5,7 +5,7 @@ import torch
 
 from batch import Options, Stats
 from errors import UserError
-from measure.pairs import text_pair
+from measure.pairs import text_pairs
 from saguaro import sd, ssd
 from sampling import Sampling
 
@@ -32,7 +32,7 @@ def configurations(small):
 
 def speculation(args):
     """Tokens per round, acceptance, hit rate and draft forwards of many configurations: the same on every machine."""
-    pair, rows, size = text_pair(args, args.pad, args.pad_draft), [], args.batch[0]
+    pair, rows, size = next(text_pairs(args, args.pad, args.pad_draft)), [], args.batch[0]
     if pair.draft is None:
         raise UserError("--speculation needs a draft: give --draft DIR or --round-draft BITS")
     for table, row, sampling, options, loop in configurations(args.small):

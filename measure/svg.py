@@ -3,18 +3,21 @@
 A plot takes the colours of the reader's theme, light or dark. The same calls give the same bytes.
 """
 import math
+import textwrap
 from html import escape
 
 WIDTH, LEFT, RIGHT = 780, 170, 30
+TITLE_WIDTH, NOTE_WIDTH = 84, 125       # characters
 STYLE = """
 text { font: 13px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #24292f }
+text { paint-order: stroke; stroke: #ffffff; stroke-width: 3px } .on, .lane { stroke: none }
 .title { font-size: 15px; font-weight: 600 } .small { font-size: 11px; fill: #6e7781 } .on { fill: #ffffff; font-size: 11px } .lane { font-size: 11px }
 .back { fill: #ffffff } .grid { stroke: #d8dee4; stroke-width: 1 } .whisker { stroke: #24292f; stroke-width: 1.2 }
 .ar { fill: #6e7781 } .sd { fill: #1f6feb } .ssd { fill: #d9480f } .two { fill: #2b8a3e } .other { fill: #8c959f }
 .line { fill: none; stroke-width: 2.2 } .line.ar { stroke: #6e7781 } .line.sd { stroke: #1f6feb }
 .line.ssd { stroke: #d9480f } .line.two { stroke: #2b8a3e } .pale { fill-opacity: .55 }
 @media (prefers-color-scheme: dark) {
-text { fill: #e6edf3 } .small { fill: #9198a1 } .on { fill: #ffffff } .back { fill: #0d1117 } .grid { stroke: #30363d }
+text { fill: #e6edf3; stroke: #0d1117 } .on, .lane { stroke: none } .small { fill: #9198a1 } .on { fill: #ffffff } .back { fill: #0d1117 } .grid { stroke: #30363d }
 .whisker { stroke: #e6edf3 } .ar { fill: #7d8590 } .sd { fill: #388bfd } .ssd { fill: #f0703a } .two { fill: #3fb950 }
 .line.ar { stroke: #7d8590 } .line.sd { stroke: #388bfd } .line.ssd { stroke: #f0703a } .line.two { stroke: #3fb950 }
 .line { fill: none } }
@@ -39,10 +42,11 @@ class Canvas:
         self.parts.append(f'<polyline points="{path}" class="{kind}"/>')
 
     def title(self, title, note=""):
-        self.text(16, self.y + 14, title, "title")
-        self.y += 22
-        if note:
-            self.text(16, self.y + 9, note, "small")
+        for line in textwrap.wrap(title, TITLE_WIDTH):
+            self.text(16, self.y + 14, line, "title")
+            self.y += 22
+        for line in textwrap.wrap(note, NOTE_WIDTH):
+            self.text(16, self.y + 9, line, "small")
             self.y += 16
         self.y += 6
 

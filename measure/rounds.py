@@ -64,6 +64,7 @@ def steady(pair, args):
 def at_8b_cost(pair, args, right):
     """The pair at the cost of an 8B target and a 135M draft (on a CPU as it is). Unless `right` the draft has random weights."""
     cuda, config = args.device.type == "cuda", pair.draft.config
+    torch.manual_seed(99)
     if cuda:
         wide = lambda name, shape: pad(Llama.load(WEIGHTS / name, "cpu", torch.float32), SHAPES[shape], 0, args.device, args.dtype)
         pair.target, config = wide("target", "llama-3.1-8b"), SHAPES["smollm2-135m"]
@@ -83,10 +84,11 @@ def storm(pair, args):
     seconds = {label: [run["seconds"] / run["tokens"] for run in runs] for label, runs in counted.items()}
     ratio = {label: median(a / b for a, b in zip(seconds[label], seconds["sd"])) for label in seconds}
     total = sum(counted["ssd"], Counter())
+    tokens = total["tokens"] / total["rounds"]
     yield (ratio["ssd"] <= MOST_STORM if args.device.type == "cuda" else None,
            f"ssd takes {ratio['ssd']:.3f} times as long a token as sd, {ratio['ssd without rests']:.3f} times if its draft never "
-           f"rests; {1e3 * median(seconds['sd']):.2f} ms a round of sd, {total['tokens'] / total['rounds']:.2f} tokens a round",
-           dict(ratio=ratio, seconds=seconds, rounds=total["rounds"], left_out=total["left_out"]))
+           f"rests; {1e3 * median(seconds['sd']):.2f} ms a round of sd, {tokens:.2f} tokens a round",
+           dict(ratio=ratio, seconds=seconds, tokens=tokens, rounds=total["rounds"], left_out=total["left_out"]))
 
 
 class TimedReadBack(ReadBack):

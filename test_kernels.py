@@ -167,7 +167,7 @@ def test_sequences_may_lie_far_apart():
     assert torch.equal(torch.stack(far), near) and near.any(dim=-1).sum() == 2 * (3 + 4 + 3)
 
 
-@pytest.mark.parametrize("rows, size", list(itertools.product(ROWS[::2], SIZES)))
+@pytest.mark.parametrize("rows, size", list(itertools.product([5, 33] if CUDA else [1, 17], SIZES)))
 def test_int8_weights(rows, size):
     """Every linear with a weight in int8 against its twin with that weight in full."""
     (K, N), D = size, 64 if CUDA else 8                                 # one KV head, the others are query heads

@@ -54,7 +54,7 @@ def steady(pair, args):
         loop = MODES[mode](*models, pair.prompts[:1] * size, 900, Sampling(1.0, seed=3), *more, seeds=list(range(size)))
         try:
             found, sync = allocations(loop), None
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:
             found, sync = None, str(error).splitlines()[0]
         loop.close()
         yield found == 0, f"{mode}, {'tree ' + tree if tree else 'chain'}, batch {size}: {found} allocations, syncs: {sync}", dict(

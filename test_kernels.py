@@ -7,6 +7,7 @@ the last bit however many other tokens stand beside it.
 import itertools
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +18,14 @@ from errors import UserError
 from kernels import accept, commit, embed, grow, head, launch, linear, settle, switch, tree_attention, tune
 from kernels.linear import FIXED
 from layout import Layout
+from measure.timing import random_model
 from model import KVCache, Llama, LlamaConfig
 from saguaro import Options, sd, ssd
 from sampling import Sampler, Sampling
+from shapes import SHAPES
 from tree import Tree
 
+ROOT = Path(__file__).resolve().parent
 CUDA = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 no_gpu = pytest.mark.skipif(not CUDA, reason="no CUDA GPU: bit-exactness is a property of the tensor cores")
@@ -163,12 +167,27 @@ def test_sequences_may_lie_far_apart():
     assert torch.equal(torch.stack(far), near) and near.any(dim=-1).sum() == 2 * (3 + 4 + 3)
 
 
-def test_int8_weights():
-    K, N = SIZES[0]
-    x, w = randn(1, 8, K), randn(N, K, scale=K ** -0.5)
+@pytest.mark.parametrize("rows, size", list(itertools.product([5, 33] if CUDA else [1, 17], SIZES)))
+def test_int8_weights(rows, size):
+    """Every linear with a weight in int8 against its twin with that weight in full."""
+    (K, N), D = size, 64 if CUDA else 8                                 # one KV head, the others are query heads
+    x, w, norm, residual = randn(1, rows, K), randn(N, K, scale=K ** -0.5), randn(K), randn(1, rows, N)
     w8 = kernels.Int8Weight.of(w)
-    check(linear.linear(x, w8), linear.linear_ref, x, w8.dense(DTYPE))
     assert (w8.dense(torch.float32) - w.float()).abs().max() <= w.float().abs().max() / 127
+    zeros = lambda: torch.zeros(1, rows, device=DEVICE, dtype=torch.int64)
+    check(linear.linear(x, w8), linear.linear_ref, x, w8)
+    check(head.head(x, w8), head.head_ref, x, w8)
+    check(linear.add_linear(x, w8, linear.Stream(residual, None, None), norm.new_ones(N), zeros()).x,
+          lambda x, w, y: linear.add_linear_ref(x, w, linear.Stream(y, None, None), None, zeros().float()).x, x, w8, residual)
+    check(linear.swiglu_linear(stream(x, norm), norm, 1e-5, w8),
+          lambda x, w, norm: linear.swiglu_linear_ref(stream(x), norm, 1e-5, w), x, w8, norm)
+    angles, slots = torch.rand(1, rows, D // 2, device=DEVICE), torch.arange(rows, device=DEVICE)[None]
+
+    def qkv(op, x, norm, w):
+        k, v = torch.full((2, 1, 1, rows, D), 1e4, device=DEVICE, dtype=x.x.dtype)
+        return torch.cat([y.flatten() for y in (op(x, norm, 1e-5, w, angles.cos(), angles.sin(), slots, k, v), k, v)])
+    check(qkv(linear.qkv_rope, stream(x, norm), norm, w8),
+          lambda x, norm, w: qkv(linear.qkv_rope_ref, stream(x), norm, w), x, norm, w8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,7 +207,8 @@ def random_tree(nodes):
 
 @pytest.mark.parametrize("B, nodes, H, KV, D, prefix", [
     (1, 1, 32, 8, 128, 1), (1, 1, 32, 8, 128, 2049), (3, 5, 9, 3, 64, 127), (1, 64, 32, 8, 128, 500), (2, 33, 9, 3, 64, 64),
-    (4, 8, 32, 8, 64, 0), (1, 128, 9, 3, 64, 700)] if CUDA else
+    (4, 8, 32, 8, 64, 0), (1, 128, 9, 3, 64, 700), *((3, 5, 32, 8, 128, prefix) for prefix in (1, 127, 2049)),
+    (3, 5, 9, 3, 64, 1), (3, 5, 9, 3, 64, 2049), (3, 5, 32, 8, 64, 2049)] if CUDA else
     [(1, 1, 4, 2, 16, 1), (2, 7, 3, 1, 32, 130), (1, 20, 4, 4, 16, 61), (1, 9, 4, 1, 16, 0)])
 def test_tree_attention(B, nodes, H, KV, D, prefix):
     tree = Tree(random_tree(nodes), DEVICE)
@@ -257,6 +277,14 @@ def test_embed():
     assert torch.equal(got.x, want.x) and torch.equal(got.weighed, (got.x.float() * norm.float()).to(DTYPE))
     torch.testing.assert_close((cos, sin), (cos_ref, sin_ref), atol=2e-6, rtol=0)
     assert torch.equal(got.sums, fixed_sums(got.x)) and zeros.shape == (7, B, T) and not zeros.any()
+
+
+@pytest.mark.parametrize("V, dim", [(49152, 576), (128256, 4096)] if CUDA else [(300, 32)])
+def test_head(V, dim):
+    w = (torch.randn(V, dim, device=DEVICE) * dim ** -0.5).to(DTYPE)
+    for rows in ROWS[::2]:
+        x = randn(1, rows, dim)
+        check(head.head(x, w), head.head_ref, x, w)
 
 
 def test_norm():
@@ -503,57 +531,104 @@ def test_int8_model_is_its_own_rounding():
     torch.testing.assert_close(*out, atol=1e-5, rtol=1e-5)
 
 
+class Steps:
+    """Logits [B, T, V] of forwards, launched kernel by kernel or replayed as CUDA graphs."""
+
+    def __init__(self, model, recorded):
+        self.model, self.graphs = model, graphs.Graphs(recorded)
+
+    def forward(self, tokens, positions, slots, prefix_len, ancestors, cache):
+        return self.model.logits(self.model(tokens, positions, slots, prefix_len, ancestors, cache))
+
+    def __call__(self, tree, tokens, start, cache):
+        """tokens [B, M+1] of a tree behind start [B, 1]. Thrice, as a graph is replayed from the third time on; in clones, as it
+        takes the memory of its arguments for itself."""
+        slots = start + torch.arange(tree.size, device=start.device)
+        args = tokens.clone(), start + tree.node_depth, slots, start[:, 0].clone(), tree.ancestors, cache
+        return [self.graphs(self.forward, *args) for _ in range(3 if self.graphs.on else 1)][-1].clone()
+
+
 @pytest.fixture(scope="module")
 def big_model():
-    """The bf16 model of a CONFIGS entry, one at a time: making the 8B one takes seconds."""
+    """A bf16 model, one at a time: random weights in the whole 8B shape, SmolLM2 itself if it's there and else in its shape."""
     models = {}
 
     def get(name):
         if name not in models:
             models.clear()
-            models[name] = Llama.random(LlamaConfig(**CONFIGS[name]), 0, "cuda", torch.bfloat16)
+            folder = ROOT / "checkpoints" / "smollm2"
+            if name == "smollm2" and folder.exists():
+                models[name] = Llama.load(folder, "cuda", torch.bfloat16)
+            else:
+                models[name] = random_model(SHAPES[{"8b": "llama-3.1-8b", "smollm2": "smollm2-135m"}[name]], "cuda", torch.bfloat16)
         return models[name]
-    return get
+    yield get
+    models.clear()
 
 
 @gpu_only
-@pytest.mark.parametrize("prefix", [1, 127, 500, 2049])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_logits_do_not_depend_on_company(name, prefix, big_model):
-    """A token's logits are bit-equal alone, in a chain of 8, in a 64-node tree, and in a batch of 4 (bf16)."""
+@pytest.mark.parametrize("prefix, nodes", [(1, 64), (127, 65), (500, 64), (2049, 65)])
+@pytest.mark.parametrize("name", ["8b", "smollm2"])
+def test_logits_do_not_depend_on_company(name, prefix, nodes, big_model):
+    """A token's logits are bit-equal alone, in a chain of 8, in a tree of 64 nodes (and one of 65, which fills other tiles), in
+    a batch of 4, with and without CUDA graphs, and where the target keeps to a share of the GPU (bf16, poisoned KV)."""
     model = big_model(name)
-    config, tree = model.config, Tree(random_tree(65), "cuda")
+    config, tree, chain, single = model.config, Tree(random_tree(nodes), "cuda"), Tree.chain(7, "cuda"), Tree.chain(0, "cuda")
     tokens = torch.randint(0, config.vocab_size, (1, tree.size), device="cuda")
-    chains = [Tree.chain(7, "cuda")]
+    others = torch.randint(0, config.vocab_size, (4, 8), device="cuda")
+    others[2] = tokens[0, :8]
 
-    def cache(batch, which=0):
+    def cache(batch):
         c = KVCache(config, batch, prefix + 80, "cuda", torch.bfloat16)
         g = torch.Generator("cuda").manual_seed(5)
         for x in (c.k, c.v):
             x.fill_(1e4)
             x[:, :, :, :prefix] = torch.randn(x[:, :1, :, :prefix].shape, generator=g, device="cuda").to(x.dtype)
         return c
+    start = torch.full((1, 1), prefix, device="cuda")
+    wanted = None
+    for recorded in (False, True):
+        steps, alone = Steps(model, recorded), cache(1)
+        in_tree, in_chain = steps(tree, tokens, start, cache(1))[0], steps(chain, tokens[:, :8], start, cache(1))[0]
+        wanted = (in_tree, in_chain) if wanted is None else wanted
+        assert torch.equal(in_tree, wanted[0]) and torch.equal(in_chain, wanted[1]), "a graph computes something else"
+        assert torch.isfinite(in_tree).all() and torch.isfinite(in_chain).all()
 
-    def run(tree, tokens, batch=1, row=0):
-        """Logits [M+1, V] of a tree; in a batch the other rows hold other tokens and lengths."""
-        others = torch.randint(0, config.vocab_size, (batch, tree.size), device="cuda")
-        others[row] = tokens
-        start = torch.full((batch, 1), prefix, device="cuda")
-        return step(model, cache(batch), others, start + tree.node_depth, start + torch.arange(tree.size, device="cuda"),
-                    start[:, 0], tree.mask)[row]
+        def one_by_one(path, expected):
+            """Decode the tokens of tree nodes one at a time; the poison behind them stays."""
+            alone.k[:, :, :, prefix:], alone.v[:, :, :, prefix:] = 1e4, 1e4
+            for i, node in enumerate(path):
+                logits = steps(single, tokens[:, node:node + 1], start + i, alone)[0, 0]
+                assert torch.equal(logits, expected[i]), f"node {node} at depth {i}: {(logits - expected[i]).abs().max()}"
+        for leaf in [n for n in range(tree.size) if not tree.n_children[n]][:6]:
+            path = tree.mask[leaf].nonzero()[:, 0].tolist()
+            one_by_one(path, in_tree[path])
+        one_by_one(range(8), in_chain)
+        assert torch.equal(steps(chain, others, start.expand(4, 1).contiguous(), cache(4))[2], in_chain)
+    model.run_with(share=kernels.Share(132, 32))
+    assert torch.equal(steps(chain, tokens[:, :8], start, cache(1))[0], wanted[1])
+    model.run_with()
 
-    in_tree = run(tree, tokens[0])
-    for leaf in [n for n in range(tree.size) if not tree.n_children[n]][:6]:
-        path = [leaf]
-        while path[0]:
-            path.insert(0, tree.parents[path[0]])
-        alone = cache(1)
-        for i, node in enumerate(path):
-            logits = step(model, alone, tokens[:, node:node + 1], [[prefix + i]], [[prefix + i]], [prefix + i], [[True]])[0, 0]
-            assert torch.equal(logits, in_tree[node]), f"node {node} at depth {i}: {(logits - in_tree[node]).abs().max()}"
-    chain_tokens = tokens[0, :8]
-    in_chain, alone = run(chains[0], chain_tokens), cache(1)
-    for i in range(8):
-        logits = step(model, alone, chain_tokens[None, i:i + 1], [[prefix + i]], [[prefix + i]], [prefix + i], [[True]])[0, 0]
-        assert torch.equal(logits, in_chain[i])
-    assert torch.equal(run(chains[0], chain_tokens, batch=4, row=2), in_chain)
+
+@gpu_only
+@pytest.mark.parametrize("prefix", [1, 127, 2049])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_awkward_forwards(name, prefix):
+    """Three sequences of different lengths, 5 tokens each, poison behind them: logits of a whole forward against fp32's."""
+    config, tree, out = LlamaConfig(**CONFIGS[name]), Tree([-1, 0, 0, 1, 3], "cuda"), {}
+    start, tokens = torch.tensor([[prefix], [prefix + 1], [prefix - 1]], device="cuda"), torch.arange(15, device="cuda").view(3, 5)
+    whole = random_model(config, "cuda", torch.bfloat16)
+    for kind, dtype in (("triton", torch.bfloat16), ("torch", torch.bfloat16), ("truth", torch.float32)):
+        model = whole
+        if kind == "truth":
+            model = Llama(config, "cuda", dtype)
+            model.load_state_dict(whole.state_dict())
+        model.run_with("triton" if kind == "triton" else "torch")
+        cache = KVCache(config, 3, prefix + 9, "cuda", dtype)
+        for seed, x in enumerate((cache.k, cache.v)):
+            x.copy_(torch.randn(x.shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda").to(torch.bfloat16))
+            for row, length in enumerate(start[:, 0].tolist()):
+                x[:, row, :, length:] = 1e4
+        out[kind] = Steps(model, False)(tree, tokens, start, cache)
+    error, bar = ((out[kind] - out["truth"]).norm(dim=-1) for kind in ("triton", "torch"))
+    assert (error.norm() <= 2 * bar.norm()) and torch.isfinite(error).all(), (error, bar)

@@ -80,7 +80,7 @@ def storm(pair, args):
     share = at_8b_cost(pair, args, right=False)
     make = lambda mode, share, **options: Contestant(pair, mode, Options(**options), Sampling(), args.new, share)
     contestants = {"sd": make("sd", None), "ssd": make("ssd", share), "ssd without rests": make("ssd", share, rests=False)}
-    counted, _ = compare(contestants, [pair.prompts[:1]], REPEATS, args.device)
+    counted, *_ = compare(contestants, [pair.prompts[:1]], REPEATS, args.device)
     seconds = {label: [run["seconds"] / run["tokens"] for run in runs] for label, runs in counted.items()}
     ratio = {label: median(a / b for a, b in zip(seconds[label], seconds["sd"])) for label in seconds}
     total = sum(counted["ssd"], Counter())

@@ -141,12 +141,13 @@ class Rest:
         """A round has ended that the draft had prepared for: hits, one a sequence. For the neural backup everybody waits."""
         self.found += all(hits) if backup == "neural" else sum(hits) / len(hits)
         self.rounds += 1
-        if self.rounds == TRIED and self.allowed:
-            if self.found < HOPELESS * TRIED:
-                self.left, self.next = self.next, 2 * self.next
-            else:
-                self.next = REST
-            self.new_plan()
+        if self.allowed and self.found + TRIED - self.rounds < HOPELESS * TRIED:        # whatever the others of them find
+            self.left, self.next = self.next, 2 * self.next
+        elif self.rounds == TRIED:
+            self.next = REST
+        else:
+            return
+        self.new_plan()
 
     def over(self):
         """Ask once for each round, beforehand."""

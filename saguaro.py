@@ -226,6 +226,8 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
             verdict, report = verified()
             found = drafter.switch(verdict, drafted())
             batch.post(report, found)
+            if found is None:                                       # a round of SD asks nobody before it drafts the next
+                drafter.speculate(refeed=True)
             hits = batch.read_outcome(tree, drafter)
             replan = time_to_replan(options, batch)
             # What is usual goes straight on to the next round, and is counted while that runs.
@@ -249,8 +251,9 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
             elif found is not None:
                 rest.count(hits, backup)
             works = rest.over()                                         # else the coming round is one of SD
-            if replanned or found is None:                          # what was drafted is for the old plan, or nothing was
+            if replanned:                                           # what was drafted is for the old plan
                 drafter.speculate(refeed=found is None, span="draft" if found is None else "miss")
+            if replanned or found is None:
                 hits, backup = [False] * len(hits), "neural"
             elif not all(hits):                                         # those that missed need a speculation now
                 backup = backup if works else "neural"

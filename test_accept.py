@@ -1,5 +1,6 @@
 """measure/accept.py says what holds and what doesn't; measure/sanitize.py launches every kernel of a round."""
 import json
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -108,10 +109,12 @@ def test_every_kernel_is_launched_for_the_sanitizer(monkeypatch):
     monkeypatch.setattr(Llama, "run_with", lambda self, **_: setattr(self, "ops", kernels.TRITON))
     monkeypatch.setattr(graphs.Beside, "submit", lambda self, work: (lambda result: lambda: result)(work()))    # no threads there
     monkeypatch.setattr(launch, "blocks_for", lambda N, K, *_: launch.Blocks(32, 32, 2, 4, 2 if K == 96 else 1))
-    config = LlamaConfig(vocab_size=64, dim=32, n_layers=1, n_heads=2, n_kv_heads=1, head_dim=16, ffn_dim=96)
+    config = LlamaConfig(vocab_size=64, dim=32, n_layers=1, n_heads=4, n_kv_heads=1, head_dim=16, ffn_dim=96)
     runs = [run[:3] + (Options(k=2, fanout_budget=3),) for run in sanitize.RUNS if run[0] == "ssd"][:1]
-    lines = list(sanitize.rounds(config, torch.device("cpu"), torch.float32, prompt=[1, 2, 3], new=3, runs=runs))
-    assert len(lines) == 1 and len(found) > 12 and launched == found, found - launched
+    for dim in (32, 64):                                                    # streamed, and taken at once
+        lines = list(sanitize.rounds(replace(config, dim=dim), torch.device("cpu"), torch.float32, [1, 2, 3], new=3, runs=runs))
+        assert len(lines) == 1 and len(found) > 15
+    assert launched == found, found - launched
 
 
 @pytest.mark.gpu
@@ -119,4 +122,4 @@ def test_every_kernel_is_launched_for_the_sanitizer(monkeypatch):
 def test_what_the_sanitizer_watches(capsys):
     sanitize.main([])
     out = capsys.readouterr().out
-    assert out.count("rounds") == len(sanitize.RUNS) and out.endswith("ok\n") and " 0 hits of 0" in out
+    assert out.count("rounds") == 2 * len(sanitize.RUNS) and out.endswith("ok\n") and " 0 hits of 0" in out

@@ -25,7 +25,8 @@ from model import LlamaConfig
 from pad import trim
 from sampling import Sampling
 
-# Hidden sizes that make both kinds of tensor core instruction (16384 rows: wgmma) and split-K (8192 columns) appear.
+# Hidden sizes that make both kinds of tensor core instruction (16384 rows: wgmma) and split-K (8192 columns) appear. Weights
+# of 128 columns are taken at once, those of 96 in steps.
 TINY = LlamaConfig(vocab_size=16384, dim=128, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=64, ffn_dim=8192)
 SHARE = Share(4, 16)
 PROMPT = list(range(1, 70))                     # longer than a unit of the attention
@@ -77,9 +78,9 @@ def rounds(config, device, dtype, prompt=PROMPT, new=7, runs=RUNS):
 def main(names):
     if not torch.cuda.is_available():
         raise UserError("there is no CUDA GPU whose kernels could be watched")
-    config = replace(shape(names[0]), n_layers=2) if names else TINY
-    for line in rounds(config, torch.device("cuda"), torch.bfloat16):
-        print(line, flush=True)
+    for config in [replace(shape(name), n_layers=2) for name in names] or (TINY, replace(TINY, dim=96)):
+        for line in rounds(config, torch.device("cuda"), torch.bfloat16):
+            print(line, flush=True)
     torch.cuda.synchronize()
     print("ok", flush=True)
 

@@ -256,8 +256,8 @@ class Batch:
     def read_outcome(self, tree, drafter=None):
         """Wait for the oldest outcome posted (the one host sync of a round), and cut its text to what is wanted.
 
-        Returns whether each sequence hit; `left` says who goes on. Nothing else has to be known for the next round to start: the
-        rest is left to `count_outcome`. drafter: SSD's, whose guesses are counted.
+        Returns whether each sequence hit; `left` says who goes on. Nothing else has to be known for the next round to start:
+        the rest is left to `count_outcome`. drafter: SSD's, whose guesses are counted.
         """
         K = tree.depth
         with self.stats.span("read-back", "host", self.stats.started - len(self.posted)):
@@ -274,7 +274,8 @@ class Batch:
             cut = next((j + 1 for j, token in enumerate(new) if token in self.stop_ids), len(new))
             cut = min(cut, self.left[row])
             self.left[row] = 0 if new[cut - 1] in self.stop_ids else self.left[row] - cut
-            lines.append((self.live[row], self.sources[row], new[:cut], path[:k + 1], rejected_one, hit, branch, self.left[row] > 0))
+            lines.append((self.live[row], self.sources[row], new[:cut], path[:k + 1], rejected_one, hit, branch,
+                          self.left[row] > 0))
         self.uncounted = lines, tree, self.kind, drafter if found else None     # a round of SD: nothing was looked up
         return hits
 
@@ -301,7 +302,8 @@ class Batch:
                 lookups.append(bool(hit))
             if stats.trace is not None:             # `accepted` is what was verified, `tokens` what was given out of it
                 stats.trace.append(dict(round=stats.rounds, sequence=sequence, source=source, accepted=k, node=node,
-                                        tested=k + rejected_one, tokens=tokens, lookup=bool(hit) if goes_on and drafter else None))
+                                        tested=k + rejected_one, tokens=tokens,
+                                        lookup=bool(hit) if goes_on and drafter else None))
         if drafter is not None:
             stats.lookups += len(lookups)
             stats.hits += sum(lookups)

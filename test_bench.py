@@ -38,7 +38,7 @@ def run(capsys, *flags):
 def test_readme_is_what_results_say():
     readme = report.README.read_text(encoding="utf-8")
     found = report.blocks(readme)
-    assert {"speculation_embedded.json", "speed_smollm2_h100.json", "headline of speed_smollm2_h100.json"} <= {*found}
+    assert {"speculation_embedded.json", "main_h100.json", "headline of main_h100.json"} <= {*found}
     for name, text in found.items():
         assert f"<!-- {name} -->\n{text}<!-- end of {name} -->" in readme, "run python bench.py --report"
         path = report.RESULTS / name.removeprefix("headline of ")

@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import random
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -140,7 +141,7 @@ def main(argv=None):
             wrong = f"; other than ar: {figures['wrong'][:9]}" if figures.get("wrong") else ""
             print(f"{check}: {'-' if ok is None else 'ok' if ok else 'FAILED'}: {line}{wrong}", flush=True)
     if args.json:
-        found = dict(kind="accept", device=torch.cuda.get_device_name() if cuda else "CPU", torch=torch.__version__, checks=results)
+        found = dict(command=shlex.join(["python", "-m", "measure.accept", *(argv or sys.argv[1:])]), kind="accept", device=torch.cuda.get_device_name() if cuda else "CPU", torch=torch.__version__, checks=results)
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return int(any(result["ok"] is False for result in results))
 

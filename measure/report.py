@@ -161,7 +161,13 @@ def tried_table(result):
                                              "sd tok/s", "ssd tok/s"], rows)
 
 
-KINDS = {"speed": speed_table, "steps": steps_table, "kernels": kernels_table, "predict": predict_table,
+def accept_table(result):
+    holds = {True: "yes", False: "NO", None: "-"}
+    rows = [[check["check"], holds[check["ok"]], check["line"]] for check in result["checks"]]
+    return f"{result['device']}, torch {result['torch']}.\n\n" + table(["check", "holds", "what was found"], rows)
+
+
+KINDS = {"accept": accept_table, "speed": speed_table, "steps": steps_table, "kernels": kernels_table, "predict": predict_table,
          "speculation": speculation_table, "tried": tried_table}
 
 
@@ -186,9 +192,12 @@ def headline(path):
     """One line: what the first run of a results file of kind "speed" has come to."""
     result = read(path)
     run = result["runs"][0]
-    modes = {mode["label"]: mode for mode in run["modes"]}
-    speeds = ", ".join(f"`{name}` {modes[name]['tok_s'][0]:.0f}" for name in ("ar", "sd", "ssd"))
-    return f"**{speeds} tokens a second** on one {result['card']['device']}, batch {run['batch']}, " \
+    modes, speeds = {mode["label"]: mode for mode in run["modes"]}, []
+    for name in "ar", "sd", "ssd":
+        best = max((mode for mode in run["modes"] if mode["mode"] == name), key=lambda mode: mode["tok_s"][0])
+        other = f" ({best['tok_s'][0]:.0f} with a {best['label'].partition(', ')[2]})" if best["label"] != name else ""
+        speeds.append(f"`{name}` {modes[name]['tok_s'][0]:.0f}{other}")
+    return f"**{', '.join(speeds)} tokens a second** on one {result['card']['device']}, batch {run['batch']}, " \
         f"{'greedy' if not run['temperature'] else 'sampled'}, {'the same tokens' if modes['ssd']['same_text'] else 'OTHER TOKENS'}.\n"
 
 

@@ -6,6 +6,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"        # before anything imports triton: kernels run as plain Python
+    torch.set_num_threads(1)                    # models this small wait longer for threads than they compute
 
 
 def pytest_addoption(parser):

@@ -102,11 +102,11 @@ def make_plan(options, stats, draft_model, old=None):
     return tree, fan
 
 
-def time_to_replan(options, batch):
+def time_to_replan(options, batch, rounds):
     """Measured trees and fan-outs are renewed at rounds 16, 32, 64, ...: often while little is known."""
-    if batch.stats.rounds < batch.replan_at:
+    if rounds < batch.replan_at:
         return False
-    batch.replan_at = power_of_two_above(batch.stats.rounds)
+    batch.replan_at = power_of_two_above(rounds)
     return options.fanout != "uniform" or isinstance(options.widths(), int)
 
 
@@ -131,17 +131,20 @@ class Rest:
 
     def __init__(self, allowed):
         self.allowed, self.left, self.next = allowed, 0, REST
-        self.new_plan()
+        self.found, self.rounds, self.guess = 0, 0, True
 
     def new_plan(self):
-        """What the old one found says nothing any more: the first is a guess, and its fan-out may be at the wrong places."""
-        self.found = self.rounds = 0
+        """What the old one found says nothing any more."""
+        self.found, self.rounds, self.guess = 0, 0, False
 
     def count(self, hits, backup):
         """A round has ended that the draft had prepared for: hits, one a sequence. For the neural backup everybody waits."""
         self.found += all(hits) if backup == "neural" else sum(hits) / len(hits)
         self.rounds += 1
-        if self.allowed and self.found + TRIED - self.rounds < HOPELESS * TRIED:        # whatever the others of them find
+        # The first plan is a guess, with a fan-out at the wrong places perhaps: it gets all of its rounds, since the next plan
+        # then starts anew. Later on it is enough that the rounds to come can't make good for those that were.
+        known = self.rounds == TRIED or not self.guess
+        if self.allowed and known and self.found + TRIED - self.rounds < HOPELESS * TRIED:
             self.left, self.next = self.next, 2 * self.next
         elif self.rounds == TRIED:
             self.next = REST

@@ -190,7 +190,7 @@ def sd(target_model, draft_model, prompts, max_new_tokens, sampling, options, st
         refeed = True
         yield from batch.outcomes(tree)
         batch.drop_finished(target, drafter)
-        if time_to_replan(options, batch):
+        if time_to_replan(options, batch, batch.stats.rounds):
             yield from batch.outcomes(tree, drain=True)
             batch.drop_finished(target, drafter)
             if not batch.live:                                          # its sides are another request's now
@@ -229,7 +229,7 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
             if found is None:                                       # a round of SD asks nobody before it drafts the next
                 drafter.speculate(refeed=True)
             hits = batch.read_outcome(tree, drafter)
-            replan = time_to_replan(options, batch)
+            replan = time_to_replan(options, batch, batch.stats.rounds + 1)     # one isn't counted yet
             # What is usual goes straight on to the next round, and is counted while that runs.
             usual = found is not None and all(hits) and all(batch.left) and not replan and batch.read > 1
             chunks = None if usual else batch.count_outcome()

@@ -132,7 +132,7 @@ def test_tune(capsys, monkeypatch, tiny_shapes, pair):
 def test_synthetic_acceptance(capsys, tiny_shapes):
     """The rates that come out are those that were asked for, all modes write the same, and it says SYNTHETIC."""
     result, printed = run(capsys, "--target-shape", "tiny", "--draft-shape", "tiny-draft", "--accept-rate", "0.8", "--repeats",
-                          "1", "--max-new-tokens", "300")
+                          "1", "--max-new-tokens", "300", "--sequences", "2")
     (head,) = result["runs"]
     assert head["synthetic"] and "SYNTHETIC: tiny + tiny-draft" in printed and "SYNTHETIC mode" in printed
     assert "SYNTHETIC: tiny + tiny-draft" in plot(result) and "SYNTHETIC: tiny + tiny-draft" in report.tables(result)

@@ -65,7 +65,7 @@ def rounds(config, device, dtype, prompt=PROMPT, new=7, runs=RUNS):
             for chunk in chunks:
                 out[chunk.sequence] += chunk.tokens
         return out, f"{stats.rounds} rounds, {stats.accepted} tokens accepted, {stats.hits} hits of {stats.lookups}"
-    wanted = {temperature: text("ar", temperature)[0] for temperature in (0.0, 0.9)}
+    wanted = {temperature: text("ar", temperature)[0] for temperature in {run[2] for run in runs}}
     for mode, kind, temperature, options in runs:
         shared = mode == "ssd" and device.type == "cuda"
         target.run_with(share=SHARE if shared else None)

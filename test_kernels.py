@@ -16,7 +16,7 @@ import graphs
 import kernels
 from errors import UserError
 from kernels import accept, commit, embed, grow, head, launch, linear, settle, switch, tree_attention, tune
-from kernels.linear import FIXED
+from kernels.finish import FIXED
 from layout import Layout
 from measure.timing import random_model
 from model import KVCache, Llama, LlamaConfig

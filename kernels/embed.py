@@ -6,8 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.finish import FIXED
 from kernels.launch import launch_options, pdl, wait_for_inputs
-from kernels.linear import FIXED, Stream
+from kernels.linear import Stream
 
 
 def embed_ref(tokens, positions, weight, freqs, norm, n):

@@ -2,7 +2,8 @@
 
 At batch 1 a linear streams its weight once (N*K elements) and moves next to nothing else, so every op that is no weight
 stream is a launch to get rid of: the residual, RMSNorm, SwiGLU, and QKV-split + RoPE + KV write go into the epilogues.
-Four linears and one attention are then a whole Transformer layer.
+Four linears and one attention are then a whole Transformer layer. (What is written here is for weights that take a while to
+stream; small ones are taken at once, see kernels/at_once.py. What becomes of a product is in kernels/finish.py.)
 
 RMSNorm costs nothing: whoever writes the residual stream x also writes x times the weight of the norm that reads it next,
 and adds up the squares of each row. The reader multiplies with the former, and scales its result by the latter.
@@ -24,8 +25,7 @@ import triton
 import triton.language as tl
 
 from kernels import at_once
-from kernels.finish import (FIXED, angles_at, finish, finish_qkv, finish_swiglu, paired_rows, rms_scale, stream_at,  # noqa: F401
-                            weight_scale)
+from kernels.finish import angles_at, finish, finish_qkv, finish_swiglu, paired_rows, rms_scale, stream_at, weight_scale
 from kernels.launch import AtOnce, Int8Weight, Launch, dense, next_may_start, prefetch, wait_for_inputs
 
 

@@ -365,8 +365,8 @@ def predict(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
-def command_line(argv):
-    """The command that made a result, without where it was written."""
+def command_line(argv, *program):
+    """The command that made a result, without where it was written. program: default bench.py."""
     argv, kept = list(argv), []
     while argv:
         flag = argv.pop(0)
@@ -374,15 +374,15 @@ def command_line(argv):
             argv.pop(0)
         elif not flag.startswith(("--json=", "--plot=")):
             kept.append(flag)
-    return shlex.join(["python", "bench.py", *kept])
+    return shlex.join(["python", *(program or ["bench.py"]), *kept])
 
 
 def write_files(args, result):
     """What --json and --plot ask for. Raises UserError."""
-    for path, text in ((args.json, json.dumps(result, indent=1) + "\n"), (args.plot, plot(result))):
+    for path, text in ((args.json, lambda: json.dumps(result, indent=1) + "\n"), (args.plot, lambda: plot(result))):
         if path:
             try:
-                Path(path).write_text(text, encoding="utf-8")
+                Path(path).write_text(text(), encoding="utf-8")
             except OSError as error:
                 raise UserError(f"{path}: {error.strerror}") from None
 

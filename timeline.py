@@ -98,6 +98,11 @@ def outcomes(spans):
     return [(at, hit) for at, hit, _ in joins(spans)]
 
 
+def overlap(spans, start, end):
+    """How long spans, of which no two run at a time, run between start and end."""
+    return sum(max(0.0, min(span.end, end) - max(span.start, start)) for span in spans)
+
+
 def hidden_share(spans):
     """How much of the draft's time, backups included, lies inside a verify; 0 where there is no draft."""
     verify = [span for span in spans if span.name == "verify"]              # one after the other, never two at a time
@@ -105,7 +110,7 @@ def hidden_share(spans):
     ends, hidden = [span.end for span in verify], 0.0
     for span in drafting:
         first = bisect.bisect(ends, span.start)
-        hidden += sum(max(0.0, min(span.end, v.end) - max(span.start, v.start)) for v in verify[first:first + 3])
+        hidden += overlap(verify[first:first + 3], span.start, span.end)
     return hidden / max(1e-9, sum(span.end - span.start for span in drafting))
 
 

@@ -15,7 +15,8 @@ SHARED_MEMORY = 200e3, 84e3             # bytes of tiles in flight that fit besi
 FETCHED = 8 << 10                       # the same beside another model
 LATE = tl.constexpr(4)                  # steps along K before its end at which a streaming kernel lets the next one start
 MAX_ROWS = 128                          # rows of x that the skinny kernels take; above that, cuBLAS is the right tool
-AT_ONCE, MOST_K = 4 << 20, 2048         # a weight of fewer elements, and no more of them in a row, is taken at once
+AT_ONCE, MOST_K = 4 << 20, 2048         # a weight of fewer elements, and no more of them in a row, is taken at once ...
+TILE = 16                               # ... by programs of so many rows of it and of x: one tensor core instruction
 
 
 class Int8Weight(NamedTuple):
@@ -107,32 +108,36 @@ class Share(NamedTuple):
         return f"{self.ctas} CTAs, {self.in_flight} KB in flight in each"
 
 
-class AtOnce:
-    """Shapes, grid and launch options of a linear x [..., K], w [N, K] or Int8Weight that is taken at once; `warps` 0: it isn't."""
+class Operands:
+    """What is known of a skinny linear by its operands: x [..., K] with M rows, w [N, K] or Int8Weight."""
 
     def __init__(self, x, w):
         self.INT8 = isinstance(w, Int8Weight)
         self.weight, self.scale = w if self.INT8 else (w, w)
-        (self.N, self.K), self.M = self.weight.shape, x.numel() // x.shape[-1]
-        assert x.shape[-1] == self.K and x.is_contiguous() and self.weight.is_contiguous()
+        (self.N, self.K), self.M, self.device = self.weight.shape, x.numel() // x.shape[-1], x.device
+        assert x.shape[-1] == self.K and x.is_contiguous() and self.weight.is_contiguous() and self.M <= MAX_ROWS
+
+
+class AtOnce(Operands):
+    """Shapes, grid and launch options of a linear that is taken at once; `warps` 0: it isn't."""
+
+    def __init__(self, x, w):
+        super().__init__(x, w)
         self.warps = warps_at_once(self.N, self.K)
-        self.grid = triton.cdiv(self.N, 16), triton.cdiv(self.M, 16)
-        self.shape = dict(BM=16, BN=16, PARTS=self.warps, PIECES=self.K.bit_count(), INT8=self.INT8, PDL=pdl(x.device),
+        self.grid = triton.cdiv(self.N, TILE), triton.cdiv(self.M, TILE)
+        self.shape = dict(BM=TILE, BN=TILE, PARTS=self.warps, PIECES=self.K.bit_count(), INT8=self.INT8, PDL=pdl(x.device),
                           num_warps=self.warps, **launch_options(x.device))
 
 
-class Launch:
-    """Shapes, block shapes, grid and launch options of one skinny linear: x [..., K] with M rows, w [N, K] or Int8Weight.
+class Launch(Operands):
+    """Shapes, block shapes, grid and launch options of one skinny linear.
 
     most: the largest BN that fits. share: None, or a Share beside another model. What that one asks the memory for waits behind
     all that this one has asked for, so few bytes are in flight.
     """
 
     def __init__(self, x, w, most=1 << 30, share=None):
-        self.INT8 = isinstance(w, Int8Weight)
-        self.weight, self.scale = w if self.INT8 else (w, w)
-        (self.N, self.K), self.M, self.device = self.weight.shape, x.numel() // x.shape[-1], x.device
-        assert x.shape[-1] == self.K and x.is_contiguous() and self.weight.is_contiguous() and self.M <= MAX_ROWS
+        super().__init__(x, w)
         self.BM = max(16, triton.next_power_of_2(self.M))
         self.BN, self.BK, stages, warps, self.SPLIT = blocks_for(self.N, self.K, self.M, self.INT8)
         self.BN = min(self.BN, most)

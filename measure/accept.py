@@ -15,7 +15,6 @@ import contextlib
 import itertools
 import json
 import random
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 
 import templates
 from batch import Options, Stats
+from bench import command_line, spread_over
 from draft import Drafter
 from errors import UserError, exit_on_user_error
 from generate import MODES, WEIGHTS, find_device
@@ -54,10 +54,10 @@ def load(name, args):
     else:
         path = next(path for path in (ROOT / "prompts" / file for file in PROMPTS) if path.exists())
         lines = path.read_text(encoding="utf-8").splitlines()
-        if (count := min(args.prompts, len(lines))) < args.prompts:
-            print(f"exact: {count} prompts instead of {args.prompts}: all of {path.name}; {PROMPTS[0]} has more", flush=True)
-        spread = [json.loads(lines[i * len(lines) // count])["prompt"] for i in range(count)]
-        prompts = [tokenizer.chat([dict(role="user", content=text)]) for text in spread]
+        if len(lines) < args.prompts:
+            print(f"exact: {len(lines)} prompts instead of {args.prompts}: all of {path.name}; {PROMPTS[0]} has more", flush=True)
+        rows = map(json.loads, spread_over(lines, args.prompts))
+        prompts = [tokenizer.chat([dict(role="user", content=row["prompt"])]) for row in rows]
     return Pair(name, *models, prompts, set())
 
 
@@ -126,6 +126,7 @@ CHECKS = dict(exact=exact, delays=delays, steady=steady.steady, storm=steady.sto
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     parser = FlagParser("measure.accept")
     flags = dict(only=",".join(CHECKS), pairs=",".join(FOLDERS), prompts=40, new=256, batch=8, runs=20, device="auto", json="")
     for flag, default in flags.items():
@@ -141,7 +142,8 @@ def main(argv=None):
             wrong = f"; other than ar: {figures['wrong'][:9]}" if figures.get("wrong") else ""
             print(f"{check}: {'-' if ok is None else 'ok' if ok else 'FAILED'}: {line}{wrong}", flush=True)
     if args.json:
-        found = dict(command=shlex.join(["python", "-m", "measure.accept", *(argv or sys.argv[1:])]), kind="accept", device=torch.cuda.get_device_name() if cuda else "CPU", torch=torch.__version__, checks=results)
+        found = dict(command=command_line(argv, "-m", "measure.accept"), kind="accept",
+                     device=torch.cuda.get_device_name() if cuda else "CPU", torch=torch.__version__, checks=results)
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return int(any(result["ok"] is False for result in results))
 

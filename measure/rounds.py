@@ -1,12 +1,10 @@
 """Where the time of a round goes, from the spans of a Timeline: every moment of it belongs to one part."""
 from statistics import median
 
+from timeline import overlap
+
 PARTS = "verify", "draft", "miss", "join"       # what of the draft's spans counts is what no verify hides
 RARE = 3                                        # rounds longer than so many medians record graphs, and aren't counted
-
-
-def overlap(spans, start, end):
-    return sum(max(0.0, min(span.end, end) - max(span.start, start)) for span in spans)
 
 
 def split(spans, settle):

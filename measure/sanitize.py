@@ -42,9 +42,8 @@ def models(config, device, dtype):
     def make():
         torch.manual_seed(0)
         model = random_model(config, device, dtype)
-        if config.tie_embeddings:
-            return model
-        model.head.mul_(4)                      # confident, like a language model
+        if not config.tie_embeddings:
+            model.head.mul_(4)                  # confident, like a language model
         return model
     target, drafts = make(), {"own ids": trim(make(), config.vocab_size), "int8": make()}
     for draft in drafts.values():

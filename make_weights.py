@@ -4,7 +4,6 @@ How weights/ was made, from SmolLM2-135M-Instruct (Apache-2.0) and nothing else.
     python make_weights.py stories --smollm2 DIR    story texts, sampled by our own engine        -> WORK/stories.jsonl
     python make_weights.py text                     clean, deduplicate, tokenizer, encode (CPU)   -> WORK/text/
     python make_weights.py target                   train the story target                        -> WEIGHTS/target
-    python make_weights.py polish                   make it repeat itself less                    -> WEIGHTS/target
     python make_weights.py draft                    distil its draft                              -> WEIGHTS/draft
     python make_weights.py prompts --smollm2 DIR    instructions, code and sums for SmolLM2       -> WORK/prompts.jsonl
     python make_weights.py smollm2 --smollm2 DIR    distil its draft                              -> WEIGHTS/smollm2-draft
@@ -34,16 +33,16 @@ import templates
 from bpe import save_tokenizer
 from bulk import dense_hidden, exit_on_interrupt, load_model, new_model, sample_continuations, to_device, train
 from errors import exit_on_user_error
-from model import Llama, LlamaConfig
+from model import LlamaConfig
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stories
 
 class Plots:
-    """Steers sampling: a cue is fed at the first end of a sentence after `pace` tokens; the text ends after the last."""
+    """Steers sampling: at each end of a sentence outside of quotes the next cue is fed; the text ends with the last one."""
 
-    def __init__(self, cues, pace, tokenizer, device="cpu"):
+    def __init__(self, cues, tokenizer, device="cpu"):
         pieces = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
         self.sentence_end = torch.tensor([piece.rstrip('" \n').endswith((".", "!", "?")) for piece in pieces]).to(device)
         self.quotes = torch.tensor([piece.count('"') % 2 for piece in pieces]).to(device)
@@ -51,32 +50,31 @@ class Plots:
 
         def pad(lists):
             width = max(map(len, lists))
-            return torch.tensor([row + [0] * (width - len(row)) for row in lists]).to(device)
+            return torch.tensor([row + row[-1:] * (width - len(row)) for row in lists]).to(device)
         self.queue = pad([sum(texts, []) + [0] for texts in cues])          # [P + 1, Q] all cues, one after the other
         self.bounds = pad([[0, *itertools.accumulate(map(len, texts))] for texts in cues])      # [P + 1, cues + 1]
-        self.pace = torch.tensor([*pace, 0]).to(device)
-        self.fed, self.part, self.since, self.inside = torch.zeros(4, len(cues), dtype=torch.int64, device=device)
+        self.total = self.bounds[:, -1]
+        self.fed, self.part, self.inside = torch.zeros(3, len(cues), dtype=torch.int64, device=device)
 
     def __call__(self, rows, token, ended, active):
         fed, part, last = self.fed[rows], self.part[rows], self.bounds.shape[1] - 1
         cued = active & (fed < self.bounds[rows, part])                     # in the middle of a cue
         token = torch.where(cued, self.queue[rows, fed], token)
         inside = (self.inside[rows] + self.quotes[token] * active) % 2
-        since = (self.since[rows] + active).masked_fill(cued, 0)
-        turn = self.sentence_end[token] & (inside == 0) & (since >= self.pace[rows]) & active & ~cued
-        self.fed[rows], self.inside[rows], self.since[rows] = fed + cued, inside, since
-        self.part[rows] = part + ((turn | (ended & active & ~cued)) & (part < last))
-        return token, (turn | ended & ~cued) & (part == last)
+        turn = (self.sentence_end[token] & (inside == 0) | ended) & active & ~cued
+        self.fed[rows], self.inside[rows], self.part[rows] = fed + cued, inside, part + (turn & (part < last))
+        return token, cued & (fed + 1 == self.total[rows])
 
 
 def list_plots(folder, seed, count, part):
-    """`count` plots as (prompt tokens, length of the head, tokens of the cues, question); half instruct the model."""
-    rng, tokenizer, plots = random.Random(f"{seed} {part}"), Tokenizer.from_folder(folder), []
-    for i in range(count):
-        ask, question, opening, cues = templates.plot(rng)
-        head = tokenizer.chat([{"role": "user", "content": ask}]) if i % 2 else [0]
-        plots.append((head + tokenizer.encode(opening), len(head), [tokenizer.encode(cue) for cue in cues], question))
-    return plots
+    """`count` plots as (prompt tokens, length of the instruction before the story, tokens of the cues, plot)."""
+    rng, tokenizer, found = random.Random(f"{seed} {part}"), Tokenizer.from_folder(folder), []
+    for _ in range(count):
+        plot = templates.plot(rng)
+        head, (first, *stems) = tokenizer.chat([{"role": "user", "content": plot.ask}]), plot.stems
+        cues = [tokenizer.encode(cue + stem) for cue, stem in zip(plot.cues, [*stems, ""])]
+        found.append((head + tokenizer.encode(plot.opening + first), len(head), cues, plot))
+    return found
 
 
 def decode_all(folder, rows):
@@ -85,24 +83,25 @@ def decode_all(folder, rows):
 
 
 def stories(args):
-    """Sample the texts: half after an instruction in the chat template, half as plain text."""
-    count, parts = args.count or (48 if args.toy else 380_000), 16
+    """Sample the texts. SmolLM2 is told what the story is about, and the plot's own sentences come in between."""
+    count, parts = args.count or (48 if args.toy else 150_000), 16
     with multiprocessing.Pool() as pool:                                    # forked while there is no CUDA here yet
-        plots = sum(pool.map(functools.partial(list_plots, args.smollm2, args.seed, count // parts), range(parts)), [])
-        prompts, heads, cues, questions = zip(*plots)
+        found = sum(pool.map(functools.partial(list_plots, args.smollm2, args.seed, count // parts), range(parts)), [])
+        prompts, heads, cues, plots = zip(*found)
         smollm2, tokenizer = load_model(args.smollm2, args.device), Tokenizer.from_folder(args.smollm2)
-        rng = random.Random(args.seed)
-        steer = Plots(cues, [rng.randint(8, 26) for _ in plots], tokenizer, args.device)
+        steer = Plots(cues, tokenizer, args.device)
         stops = {*tokenizer.eos_ids, *tokenizer.chat_stop_ids, 0}
-        rows = sample_continuations(smollm2, prompts, 110 if args.toy else 200, 0.6, 0.05, args.seed, stops, penalty=0.3,
-                                    steer=steer, batch=args.batch, minutes=args.minutes, name="stories")
+        rows = sample_continuations(smollm2, prompts, 400, 0.4, 0.05, args.seed, stops, penalty=0.2, steer=steer,
+                                    batch=args.batch, minutes=args.minutes, name="stories")
         done = (rows.end > rows.start).nonzero()[:, 0].tolist()
         tokens, end = rows.tokens.numpy(), rows.end.tolist()
         own = [tokens[i, heads[i]:end[i]] for i in done]
         chunks = [own[i:i + 2000] for i in range(0, len(own), 2000)]
         texts = itertools.chain.from_iterable(pool.imap(functools.partial(decode_all, args.smollm2), chunks))
         with open(args.work / "stories.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"question": questions[i], "text": text}) + "\n" for i, text in zip(done, texts))
+            for i, text in zip(done, texts):
+                lists = {key: sorted(value) if isinstance(value, set) else value for key, value in plots[i]._asdict().items()}
+                file.write(json.dumps({"text": text, **lists}) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,33 +109,43 @@ def stories(args):
 
 ASCII = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": " - ",
                        "\u2026": "...", "\u00a0": " "})
-# Not ASCII, markup, refusals, talk about the story instead of the story, a word said twice
-UNWANTED = re.compile(
-    r"[^\x20-\x7e]|[*#<>|_\[\]{}=/\\@~^`]|\b(as an AI|language model|I'm sorry, but|Here is|Here's a|[Tt]his (story|tale)"
-    r"|[Tt]he (story|tale|moral|narrator)|in this|simple (words|sentences|language)|read(er|ers))\b|\b(\w+) \6\b")
-KNOWN = set("I Mom Dad Mr Mrs Miss Hello Mommy Daddy Grandma Grandpa Oh Yes No".split())
+KNOWN = {"I", "Mom"}
+GLAD = re.compile(r"happy|smil|laugh|proud|glad|better|beautiful|wonderful|\bsun|sang|sing|danc|bright|bloom|love|\bfun")
+GLOOM = re.compile(
+    r"\b(sad|cry|cri|tear|afraid|scar|fright|lost|gone|brok|worr|angr|sorry|hung|cold|dark|night|tired|alone|lone|hurt|sick|fell|wrong"
+    r"|rain|storm|nobody|no\b|not|never|hard|heavy|stuck|mad|hid|asleep|sleep|late|too|die|dying|dead)|n't\b", re.I)
 MERGE_SAMPLE = 30_000_000       # characters from which the vocabulary is learned
 
 
-def clean(text):
-    """The story as plain ASCII up to its last whole sentence; None if it isn't fit to learn from."""
-    text = re.sub(r"\s+", " ", text.translate(ASCII)).strip()
-    text = text[:max(text.rfind(mark) for mark in ('.', '!', '?', '."', '!"', '?"')) + 1]
-    text += '"' * (text.count('"') % 2)
-    words = text.split()
-    if UNWANTED.search(text) or not 50 <= len(words) <= 260:
-        return None
-    sentences = [re.sub(r"\W+", " ", sentence).strip().lower() for sentence in re.split(r"[.!?]", text)]
-    long = [sentence for sentence in sentences if sentence.count(" ") >= 3]
-    if len(set(long)) < len(long):                                          # says a sentence twice
-        return None
-    lower = [re.sub(r"\W", "", word).lower() for word in words]
-    grams = Counter(zip(lower, lower[1:], lower[2:], lower[3:], lower[4:]))
-    if max(grams.values()) > 2 or grams.total() - len(grams) > 3:           # goes round in circles
-        return None
-    opening, rest = text[:110], text[110:]
-    strangers = set(re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", rest)) - KNOWN - set(re.findall(r"[A-Z][a-z]+", opening))
-    return text if len(strangers) <= 1 else None                            # at most one new name
+def words_of(text):
+    return set(re.findall(r"[a-z]+", text.lower()))
+
+
+def fits(sentence, text, cue, story):
+    """Whether a sentence that the model added between `text` and `cue` may stay: it is short, plain and new, nobody speaks in it,
+    it brings in nothing but weather and feelings, and the mood is that of its surroundings. It is there that a small model loses
+    the thread."""
+    names = set(re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", sentence)) - KNOWN
+    near = text[-150:] + cue[:80]
+    return (re.fullmatch(r"[A-Z][A-Za-z',; ]*[a-z][.!?]", sentence) and sentence.count(" ") < 11 and sentence not in text
+            and words_of(sentence) <= words_of(text) | templates.PLAIN and words_of(sentence).isdisjoint(story["strange"])
+            and names <= set(story["names"]) and not re.search(r"\b(gone|away|flew|(\w+) (and )?\2)\b", sentence)
+            and not (GLAD.search(sentence) and GLOOM.search(near)) and (not GLOOM.search(sentence) or GLOOM.search(near)))
+
+
+def clean(story):
+    """A line of stories.jsonl -> the story with those of the model's sentences that fit, as ASCII, and how many of its characters
+    the model wrote; None if it was not finished."""
+    text, rest, own = story["opening"], story["text"].removeprefix(story["opening"]), 0
+    for stem, cue in zip(story["stems"], story["cues"]):
+        sentence, found, rest = rest.partition(cue)
+        if not found:
+            return None
+        sentence = re.sub(r"\s+", " ", sentence.translate(ASCII)).strip()
+        if fits(sentence, text, cue, story):
+            text, own = f"{text} {sentence}", own + 1 + len(sentence) - len(stem)
+        text += cue
+    return text, own
 
 
 def encode_all(folder, documents):
@@ -145,20 +154,15 @@ def encode_all(folder, documents):
     return array("i", itertools.chain.from_iterable(tokenizer.encode(document) + [0] for document in documents))
 
 
-def words_of(story):
-    return set(re.findall(r"[a-z]+", story.lower()))
-
-
 def text(args):
     """stories.jsonl -> WORK/text: tokenizer and tokens.safetensors (train, validation: one stream of documents each)."""
     lines = [json.loads(line) for line in open(args.work / "stories.jsonl", encoding="utf-8")]
     with multiprocessing.Pool() as pool:
-        cleaned = pool.map(clean, [line["text"] for line in lines], chunksize=500)
-        kept, starts = {}, set()
-        for line, story in zip(lines, cleaned):
-            if story and story not in kept and story[:100] + story[-60:] not in starts:
-                kept[story] = line["question"]
-                starts.add(story[:100] + story[-60:])
+        kept, own = {}, 0
+        for line, found in zip(lines, pool.map(clean, lines, chunksize=500)):
+            if found and found[0] not in kept:
+                kept[found[0]] = line["question"]
+                own += found[1]
         sample = random.Random(args.seed).sample(list(kept), min(len(kept), 40_000))
         spread = Counter(itertools.chain.from_iterable(pool.map(words_of, sample, chunksize=500)))
         rare = {word for word, n in spread.items() if n < 5e-5 * len(sample)}       # 1 document of 40,000
@@ -174,15 +178,15 @@ def text(args):
     save_file({"train": tokens[:cut].clone(), "validation": tokens[cut:].clone()},
               args.work / "text" / "tokens.safetensors")
     (args.work / "text" / "sample.txt").write_text("\n\n".join(documents[:200]))
-    print(f"{len(lines):,} texts, {len(documents):,} kept, {sum(map(len, documents)):,} characters, "
-          f"{len(tokens):,} tokens")
+    print(f"{len(lines):,} texts, {len(documents):,} kept, {sum(map(len, documents)):,} characters, {len(tokens):,} tokens; "
+          f"of the plain texts SmolLM2 wrote {own / sum(map(len, kept)):.0%}, the plots are ours")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The story pair
 
 VOCABULARY, CONTEXT, ROW = 4096, 1024, 512
-EPOCHS = 4                  # 30 epochs of 6 M tokens overfitted badly: 0.56 nats in training, 1.96 in validation
+EPOCHS = 6                  # 30 epochs of 6 M tokens overfitted badly: 0.56 nats in training, 1.96 in validation
 TARGET = LlamaConfig(vocab_size=VOCABULARY, dim=320, n_layers=6, n_heads=5, n_kv_heads=1, head_dim=64, ffn_dim=704,
                      max_context=CONTEXT, tie_embeddings=True, eos_ids=(0,))      # 6.8 M parameters
 
@@ -212,7 +216,6 @@ def target(args):
         return rows * span, (streams["train"][to_device(first, windows.device) + windows].long(),)
 
     (args.work / "target").mkdir(exist_ok=True)
-    shutil.rmtree(args.work / "unpolished", ignore_errors=True)             # what an earlier target was
     steps = args.steps or EPOCHS * len(streams["train"]) // (rows * span)
     train(model, next_token_loss, inputs_of, args.work / "target", 3e-3, steps, args.minutes, args.resume, dynamic=False)
     held_out = streams["validation"].unfold(0, span + 1, span + 1).long()
@@ -225,56 +228,6 @@ def target(args):
         shutil.copy(args.work / "text" / name, out)
     result = {"validation_loss": loss, "train_tokens": len(streams["train"]), "arguments": vars(args)}
     (args.work / "target.json").write_text(json.dumps(result, indent=2, default=str))
-
-
-def said_again(tokens, n=5):
-    """Which tokens complete n tokens in a row that stand earlier in the same text, too: [B, L] bool for tokens [B, L]."""
-    windows = F.pad(tokens, (n - 1, 0), value=-1).unfold(1, n, 1)           # [B, L, n]
-    weights = torch.tensor([1_000_003 ** i % 2 ** 61 for i in range(n)], device=tokens.device)
-    keys = (windows * weights).sum(-1)                                      # int64 that wraps around: a hash
-    return (keys[:, :, None] == keys[:, None, :]).tril(-1).any(-1)
-
-
-def unlikelihood_loss(model, tokens, again, other, was):
-    """-log(1 - p) of the tokens that repeat, KL to what the model was at all others (Welleck et al. 2020, and an anchor).
-
-    tokens [B, L + 1]; again, other [B, L] bool: which of tokens[:, 1:]; was [B, L, V]: log-probabilities.
-    """
-    logq = next_logits(model, tokens).log_softmax(-1)
-    p = logq.gather(-1, tokens[:, 1:, None])[..., 0].exp()
-    kl = (was.exp() * (was - logq)).sum(-1)
-    count = (again | other).sum()
-    anchor = torch.where(other, kl, 0.0).sum() / count
-    loss = torch.where(again, -(1 - p).clamp(min=1e-4).log(), 0.0).sum() / count + anchor
-    return loss, {"said again": again.sum() / count, "KL": anchor}
-
-
-def polish(args):
-    """Unlikelihood training of the story target on texts of its own, two thirds greedy: small models go round in circles."""
-    folder, origin, (size, new) = args.weights / "target", args.work / "unpolished", (4, 32) if args.toy else (48, 160)
-    if not origin.exists():
-        shutil.copytree(folder, origin)
-    tokenizer = Tokenizer.from_folder(folder)
-    before, model = (Llama.load(origin, args.device, torch.float32) for _ in range(2))
-
-    def inputs_of(step):
-        rng = random.Random(f"{args.seed} polish {step}")
-        prompts = [tokenizer.prompt(templates.plot(rng)[2]) for _ in range(size)]
-        rows = sample_continuations(model, prompts, new, [0.0, 0.0, 0.7], seed=step, stop_ids=model.config.eos_ids,
-                                    batch=size, name=None)
-        tokens, start, end = (x.clone().to(args.device) for x in rows)      # clones: no tensors of inference mode
-        where, tokens = torch.arange(tokens.shape[1], device=args.device), tokens.long()
-        own = (where >= start[:, None]) & (where < end[:, None])
-        again = said_again(tokens) & own
-        with torch.no_grad():
-            was = F.linear(dense_hidden(before, tokens[:, :-1]), before.head).log_softmax(-1)
-        return int(own.sum()), (tokens, again[:, 1:], (own & ~again)[:, 1:], was)
-
-    work = args.work / "polish"
-    work.mkdir(exist_ok=True)
-    means = train(model, unlikelihood_loss, inputs_of, work, 3e-4, args.steps or 200, args.minutes, args.resume)
-    model.to(torch.bfloat16).save(folder)
-    (args.work / "polish.json").write_text(json.dumps({"training": means, "arguments": vars(args)}, indent=2, default=str))
 
 
 def write_prompts(path, texts):
@@ -335,7 +288,7 @@ def smollm2(args):
 
 
 def main(argv=None):
-    stages = {stage.__name__: stage for stage in (stories, text, target, polish, draft, prompts, smollm2)}
+    stages = {stage.__name__: stage for stage in (stories, text, target, draft, prompts, smollm2)}
     parser = argparse.ArgumentParser(description="Make weights/: see the top of this file.")
     add = parser.add_argument
     add("stage", choices=stages)
@@ -344,8 +297,8 @@ def main(argv=None):
     add("--weights", type=Path, default=Path("weights"), help="folder for the models")
     add("--minutes", type=float, help="time box of the stage")
     add("--sample-minutes", type=float, default=1.5, help="time box of sampling in the stage smollm2")
-    add("--steps", type=int, help="training steps (default: target 4 epochs, polish 200, drafts 3000 or by the clock)")
-    add("--count", type=int, help="stories or prompts to sample (default: 380,000 and 120,000)")
+    add("--steps", type=int, help="training steps (default: target 6 epochs, drafts 3000 or by the clock)")
+    add("--count", type=int, help="stories or prompts to sample (default: 150,000 and 120,000)")
     add("--batch", type=int, default=4096, help="rows sampled at a time")
     add("--eval-prompts", nargs="+", default=[], help="JSONL files on which smollm2-draft is measured")
     add("--seed", type=int, default=0)

@@ -1,128 +1,120 @@
 """
-The seeds of make_weights.py: plots of stories, and beginnings of what users ask. Words and templates, combined at random;
-SmolLM2 writes all the rest. Nothing here is taken from a data set.
+The seeds of make_weights.py: plots of stories, and beginnings of what users ask. Words and templates, combined at random, all
+written for this; SmolLM2 writes all the rest. Nothing here is taken from a data set.
 """
 import re
+from pathlib import Path
+from typing import NamedTuple
 
 # ---- Stories
 
-NAMES = """
-Lily Tom Mia Ben Anna Max Sara Leo Lucy Sam Emma Jack Zoe Tim Rosie Finn Ella Noah Ruby Oscar Molly Toby
-Nora Hugo Ivy Felix Clara Theo Poppy Milo Grace Jasper Daisy Owen Hazel Bella Charlie Amy Pip Luna Eli
-Rose Henry Kate Will Jane Fred Alice Peter Sally Billy Susie Jill Mark Nina Paul Tina Roy Olive Dan Beth Joe Meg
+GIRLS = "Lily Mia Anna Sara Lucy Emma Zoe Rosie Ella Ruby Molly Nora Ivy Clara Poppy Grace Daisy Hazel Bella Amy Luna Kate".split()
+BOYS = "Tom Ben Max Leo Sam Jack Tim Finn Noah Oscar Toby Hugo Felix Theo Milo Jasper Owen Charlie Pip Eli Fred Peter".split()
+NAMES = GIRLS + BOYS
+ANIMALS = """
+fox rabbit bear mouse cat dog duck frog pig lamb pony squirrel hedgehog turtle monkey penguin puppy goat hen deer robot
 """.split()
-BEINGS = """
-boy girl fox rabbit bear mouse cat dog duck frog owl pig lamb pony squirrel hedgehog turtle bird
-elephant lion monkey robot dragon bee penguin kitten puppy goat hen deer fish snail crab ant fairy prince princess sheep
-horse whale tiger parrot butterfly
-""".split()
+STRANGE = {*ANIMALS, *"""
+boy girl man woman king queen prince princess lion tiger elephant whale dragon monster wolf he him his himself she her herself
+""".split()}
+PLAIN = {*"""
+a the and so but was were is had felt very too of in on at to with it he she they his her him them their all up down out again soon
+sun sky wind soft blew blow through trees tree shone shining shine bright brightly blue dark gray white clouds cloud warm cool cold
+day night morning evening birds bird sang sing singing song flew air leaves grass flowers green full stars moon quiet still
+sad happy scared afraid worried glad proud tired hungry lonely angry excited surprised better alone smiled smile heart big little
+beating fast could not hardly wait know what do say nothing for while long as there be did didn see saw look looked went walked ran
+sat stood home house friend friends mom water eat play played together thing place way time both one never seen before today now
+then here love loved like liked wanted want go come came made make good very much more so all
+""".split()}
 TRAITS = """
-little small kind brave shy happy clever curious lazy quiet funny gentle hungry sleepy silly young polite careful strong
-playful grumpy fast proud
+little small old kind brave shy happy clever curious lazy quiet funny gentle hungry sleepy silly young polite careful strong
+playful cheerful friendly
 """.split()
-FEELINGS = """
-sad worried scared angry lonely tired surprised upset confused nervous sorry
-""".split()
-THINGS = (
-    "ball", "red balloon", "shiny key", "blue hat", "toy car", "kite", "book", "small boat", "golden coin", "lamp",
-    "flower", "drum", "basket of apples", "warm blanket", "bell", "cake", "toy train", "pretty stone", "wooden box",
-    "green scarf", "seed", "doll", "old map", "big shell", "bike", "umbrella", "jar of honey", "feather", "necklace",
-    "carrot", "magic stick", "pair of boots", "swing", "letter", "bag of nuts", "mirror", "clock", "ladder", "pumpkin",
-    "bucket", "pillow", "cookie", "teapot", "tent", "flute", "crown", "paintbrush", "sled", "butterfly net", "snowman",
-    "puzzle", "candle", "ring", "bowl of soup", "rope", "pie", "sand castle", "truck", "whistle", "ribbon", "nest",
-    "big rock", "picture", "glass of milk", "stick", "leaf", "rocket")
 PLACES = (
     "in the forest", "by the river", "in a small village", "on a farm", "near the sea", "in a big garden",
-    "on a green hill", "in the park", "in a little house", "by the lake", "in a quiet town", "at the edge of the woods",
-    "in the mountains", "by a tall tree", "in a cozy cottage", "near a waterfall", "in a tall castle",
-    "on a small island", "in a busy city", "next to a school", "in a warm barn", "by the pond", "in a deep valley",
-    "at the end of a long road", "under an old bridge")
-HELPERS = (
-    "wise old owl", "friendly squirrel", "kind old woman", "big brown bear", "little bird", "funny frog", "tall man",
-    "old turtle", "small mouse", "gentle horse", "clever cat", "happy dog", "farmer", "baker", "grandmother", "teacher",
-    "brave knight", "little girl", "neighbor", "shy rabbit", "doctor", "old fisherman", "fairy", "big dog", "tiny ant",
-    "mail carrier", "gray goose", "cook", "police officer", "little brother", "big sister")
-LESSONS = (
-    "to share", "to be kind", "to ask for help", "to tell the truth", "to never give up", "to be brave",
-    "to listen to friends", "to be patient", "to say sorry", "to take care of things", "that friends are important",
-    "to try new things")
+    "on a green hill", "in a little house", "by the lake", "in a quiet town", "at the edge of the woods",
+    "by a tall tree", "in a cozy cottage", "near a waterfall", "next to a school", "by the pond", "in a green valley",
+    "at the end of a long road", "near an old bridge")
+THINGS = {
+    "toy": "toy car, toy train, doll, teddy bear, kite, drum, toy robot, wooden horse, toy boat, toy truck, puppet, music box",
+    "food": "cake, apple pie, sandwich, pizza, cherry cake, loaf of bread, pumpkin pie, big pancake, carrot cake, berry pie",
+    "breakable": "blue vase, teapot, big plate, flower pot, white bowl, red cup, jar, little glass, mirror",
+    "flying": "kite, red balloon, paper plane, yellow balloon, blue hat, toy plane, scarf, green balloon",
+    "plant": "sunflower, red flower, rose bush, blue flower, bean plant, tulip, yellow flower",
+    "skill": "ride a bike, climb a tree, skate, jump rope, dance, ski, do a cartwheel, swim, walk on a rope, ride a pony",
+    "treasure": "golden ring, silver bell, necklace, shiny key, gold coin, little watch, music box, silver spoon, red ribbon",
+    "fruit": "apples, pears, plums, cherries, peaches, oranges, nuts",
+    "float": "toy boat, paper boat, little ship, wooden duck, little raft, wooden boat",
+    "hot": "apple pie, cherry pie, loaf of bread, chocolate cake, pumpkin pie, pizza, plum cake",
+    "music": "drum, trumpet, flute, violin, horn, guitar",
+    "built": "tower of blocks, sand castle, little house of sticks, castle of blocks, stone tower, toy village, fort",
+    "sweets": "cookies, candies, chocolate cookies, honey cookies, lemon drops, little cakes",
+    "newfood": "pumpkin soup, spinach, tomato soup, broccoli, rice pudding, onion soup, mushroom soup, vegetable stew"}
 OPENINGS = (
-    "Once upon a time, there was a {trait} {being} named {name}. {name} lived {place}.",
-    "Once upon a time, {place}, there lived a {trait} {being} named {name}.",
-    "There was once a {trait} {being} named {name} who lived {place}.",
-    "One day, a {trait} {being} named {name} went for a walk {place}.",
-    "{name} was a {trait} {being} who lived {place}.",
-    "Once there was a {trait} {being} called {name}. {name} liked to play {place}.",
-    "Long ago, a {trait} {being} named {name} lived {place}.", "Every morning, {name} the {being} woke up early.",
-    "It was a cold day. A {being} named {name} was {place}.",
-    "{name} and a {helper} were best friends. They lived {place}.",
-    "It was {name}'s birthday. {name} was a {trait} {being}.",
-    "Not far from here, {place}, lived a {being} named {name}.",
-    "{name} was a {being}. All the others said that {name} was too {trait}.",
-    "Once, on a sunny afternoon, {name} the {being} was playing {place}.")
-WISHES = (
-    "One day, {name} found a {thing}.", "{name} wanted a {thing} more than anything.", "{name} had a {thing}.",
-    "One morning, {name} saw a {thing} on the ground.", "{name} loved to play with a {thing}.",
-    "One day, {name}'s mom gave {name} a {thing}.", "One sunny day, {name} made a {thing}.",
-    "One day, {name} went to look for a {thing}.", "{name} had never seen a {thing} before.",
-    "One night, {name} dreamed of a {thing}.", "{name} and a {helper} were looking for a {thing}.",
-    "There was a {thing} on the table.", "{name} had lost a {thing}.",
-    "One afternoon, {name} wanted to make a {thing}.", "A {helper} asked {name} to bring a {thing}.",
-    "Today {name} wanted to learn how to make a {thing}.", "{name} always took a {thing} to bed.",
-    "{name} hid a {thing} under the bed.")
-TROUBLES = (
-    "But then the {thing} was gone, and {name} felt {feeling}.", "Then {name} met a {helper}.",
-    "But {name} could not do it alone. A {helper} came to help.",
-    'Just then, a {helper} came by and said, "Hello, {name}!"',
-    "Suddenly, there was a loud noise, and {name} felt {feeling}.", "But the {thing} broke, and {name} felt {feeling}.",
-    '"Can I see your {thing}?" asked a {helper}.', "But a {helper} wanted the {thing} too.",
-    "Then it started to rain, and {name} felt {feeling}.", '"Please help me," said {name} to a {helper}.',
-    "But there was a big problem.", "Then {name} heard someone crying. It was a {helper}.",
-    "But the {thing} was too heavy.", "Then the wind blew the {thing} into a tree.", "On the way, {name} got lost.",
-    '"Stop!" said a {helper}. "That is mine!"', "But {name} forgot all about the time.",
-    "A {helper} laughed at {name}.", "Then {name} fell and got hurt.", "But nobody wanted to listen to {name}.",
-    "Then the lights went out.")
-ANSWERS = (
-    "So {name} and the {helper} looked for the {thing} together.", "The {helper} smiled and gave {name} a hug.",
-    '"Don\'t worry," said the {helper}. "I can help you."', "{name} had a good idea.",
-    "So {name} asked the {helper} for help.", '"Let us play together," said {name}.', "{name} worked very hard.",
-    "Then {name} saw something.", "But {name} did not give up.", '"You can have my {thing}," said {name}.',
-    "{name} ran to the {helper} and told the whole story.", "So they became friends.", '"I am sorry," said {name}.',
-    '"What should I do now?" thought {name}.', "{name} took a deep breath and tried again.", "So they made a plan.",
-    "{name} looked everywhere.", "{name} shared some food with the {helper}.", "They climbed up the hill together.",
-    "{name} began to sing a song.", '"I know what to do," said the {helper}.', "After a while, {name} felt better.",
-    "{name} told the truth.", "{name} sat down and thought about it.", "The next day, {name} came back.")
-ENDINGS = (
-    "In the end, {name} was happy.", "At last,", "{name} learned {lesson}.", "From that day on, {name}",
-    "The sun went down.", "Everyone was happy.", '"Thank you," said {name}.', "That night, {name} went home.",
-    "In the end,", "{name} smiled.", "Finally,", "{name} never forgot that day.", "They all laughed and went home.",
-    '"I am proud of you," said', "After that, {name} always", "And so {name} and the {helper}",
-    "When {name} went to bed that night,", "Now {name} knows", "It was the best day ever.", "They had a big party.",
-    "{name}'s mom was very happy.")
-ASKS = (
-    "Write a short story for young children about a {being} named {name} and a {thing}.",
-    "Tell me a bedtime story about a {trait} {being}. Use simple words.",
-    "Write a simple story in which a {being} learns {lesson}.",
-    "Tell me a story about a {being} and a {helper}. It should have a happy ending.",
-    "Write a little story about a {thing}. Use short sentences and some dialogue.")
+    "Once upon a time, there was a {A} {B} named {N}. {N} lived {P}.", "Once upon a time, {P}, there lived a {A} {B} named {N}.",
+    "Once upon a time, there was a {A} {B} named {N}.", "Once upon a time, {N} the {B} lived {P}.",
+    "There was once a {A} {B} named {N} who lived {P}.", "{N} was a {A} {B} who lived {P}.", "There was a {B} named {N}.",
+    "Once there was a {A} {B} called {N}. {he} liked to play {P}.", "Long ago, a {A} {B} named {N} lived {P}.",
+    "Not far from here, {P}, lived a {B} named {N}.", "{N} the {B} was very {A}. {he} lived {P}.", "{N} was a {A} {B}.",
+    "One day, a {A} {B} named {N} woke up early.", "One day, a {B} named {N} was playing {P}.", "A {A} {B} named {N} lived {P}.",
+    "Two friends lived {P}. One of them was a {B} named {N}.", "Two children lived {P}. One of them was called {N}.",
+    "One morning, {N} woke up and looked out of the window.", "One morning, {N} the {B} woke up and ran outside.",
+    "It was a sunny day. {N} the {B} was playing {P}.", "Long ago, {P}, lived a {A} {B} named {N}.",
+    "One day, {N} the {B} went for a walk. {he} lived {P}.", "")
+STEMS = (                               # of sentences that fit in nearly anywhere
+    "The sun", "The sky", "A soft wind", "The birds", "{N} felt", "{N} was so", "{N} smiled", "{He} was", "{N} looked")
 QUESTIONS = (
-    "Tell me a story about a {being}.", "Can you tell me a story about a {being} named {name}?",
-    "Can you write a story about a {thing}?", "What happened to {name} the {being}?",
-    "Please tell me a short story about a {trait} {being}.", "Do you know a story about a {being} and a {helper}?")
+    "Tell me a story about a {B}.", "Can you tell me a story about a {B} named {N}?", "What happened to {N} the {B}?",
+    "Please tell me a short story about a {A} {B}.", "Do you know a story about a {B} and a {C}?", "Tell me a story, please.")
+PLOTS = [block.split("\n") for block in (Path(__file__).parent / "prompts/story_plots.txt").read_text().strip().split("\n\n")]
 
 
-def plot(rng):
-    """The templates of one story, filled in: ask, question, opening, cues (trouble, answer, ending)."""
-    words = {key: rng.choice(values) for key, values in dict(
-        name=NAMES, being=BEINGS, trait=TRAITS, thing=THINGS, place=PLACES, helper=HELPERS, feeling=FEELINGS,
-        lesson=LESSONS).items()}
-    fill = lambda templates: re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", rng.choice(templates).format(**words))
-    trouble = rng.choice(TROUBLES)
-    met = lambda choices: [text for text in choices if "{helper}" in trouble or "{helper}" not in text]
-    cues = [" " + fill(choices) for choices in ([trouble], met(ANSWERS), met(ENDINGS))]
-    if rng.random() < 0.3:                                                  # leave this part to the model
-        cues[1] = ""
-    return fill(ASKS), fill(QUESTIONS), fill(OPENINGS) + " " + fill(WISHES), cues
+class Plot(NamedTuple):
+    """What steers the sampling of one story."""
+    ask: str                            # for a model that takes instructions
+    question: str                       # a short one, for the model that is to learn from the story
+    opening: str                        # the story's beginning
+    stems: list                         # how the sentence begins that the model adds before each cue; "" leaves it free
+    cues: list                          # how the story goes on after each of them
+    names: set                          # who may have a name in it
+    strange: set                        # words that it must not hold: beings and pronouns that belong to nobody in it
+
+
+def plot(rng, own=1.0):
+    """One of prompts/story_plots.txt, filled in; a sentence by the model goes to `own` of the places that allow one (~)."""
+    head, *parts = rng.choice(PLOTS)
+    kind, summary = head.split(": ", 1)
+    (he, name), (other, friend) = (rng.choice([("he", BOYS), ("she", GIRLS)]) for _ in range(2))
+    being = lambda he: rng.choice(ANIMALS) if rng.random() < 0.7 else "boy" if he == "he" else "girl"
+    words = dict(N=rng.choice(name), F=rng.choice(friend), A=rng.choice(TRAITS), B=being(he), C=being(other),
+                 P=rng.choice(PLACES), T=rng.choice(THINGS.get(kind.split()[0], "").split(", ")))
+    while words["F"] == words["N"] or words["B"] == words["C"]:
+        words |= dict(F=rng.choice(friend), C=rng.choice(ANIMALS))
+    for key, who in ("", he), ("f", other):
+        for form, word in zip(("he", "his", "him", "himself"), {"he": ("he", "his", "him", "himself"),
+                                                                "she": ("she", "her", "her", "herself")}[who]):
+            words |= {key + form: word, key + form.capitalize(): word.capitalize()}
+
+    def fill(text):
+        text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text.format(**words))
+        return re.sub(r"(^|[.!?] \"?)([a-z])", lambda found: found[1] + found[2].upper(), text)
+    opening, cues, stems = rng.choice(OPENINGS), [""], []
+    for i, part in enumerate(parts):
+        choices = part.removesuffix(" ~").split(" / ")
+        if i == 0 and not opening:                                          # then this part must say who it is about
+            choices = [text for text in choices if "{N}" in text] or ["Once upon a time, there was a {A} {B} named {N}. " + choices[0]]
+        text = rng.choice(choices)
+        if i == 0 and opening.startswith("One "):
+            text = re.sub("^One [a-z ]+, ", "", text)
+        cues[-1] += " " + fill(text)
+        if part.endswith("~") and rng.random() < own or len(cues) == 1 and i == len(parts) - 2:
+            stems.append(" " + fill(rng.choice(STEMS)) if rng.random() < 0.6 else "")
+            cues.append("")
+    opening = (fill(opening) + cues[0]).strip()
+    used = set(re.findall(r"[a-z]+", " ".join([opening, *cues]).lower()))
+    return Plot(fill("Write a story for young children about a {A} {B} named {N}. In the story, " + summary +
+                     ". Use short sentences and simple words."),
+                fill(rng.choice(QUESTIONS)), opening, stems, cues[1:], {words["N"], words["F"]}, STRANGE - used)
 
 
 # ---- What users ask

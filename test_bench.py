@@ -108,7 +108,7 @@ def test_speed_of_the_embedded_pair(capsys, tiny_shapes, tmp_path):
         assert all(m["same_text"] for m in head["modes"])
         ar, sd, ssd = head["modes"]
         assert ar["tokens_per_round"] == 1 and ar["hit_rate"] is None and ar["vs_ar"] == [1, 1, 1]
-        assert sd["tokens_per_round"] > 1.5 and sd["hit_rate"] is None and 0 < ssd["hit_rate"] < 1
+        assert sd["tokens_per_round"] > 1.5 and sd["hit_rate"] is None and 0 < ssd["hit_rate"] <= 1
         assert all(m["tok_s"][1] <= m["tok_s"][0] <= m["tok_s"][2] for m in head["modes"])
     for words in ("float32", "batch 2", "K = 4", "16 outcomes guessed (geometric fan-out)", "temperature 0.5", "Ceiling", "tok/s",
                   "hidden behind the verify; after a hit the target waits"):
@@ -119,7 +119,7 @@ def test_speed_of_the_embedded_pair(capsys, tiny_shapes, tmp_path):
 def test_tune(capsys, monkeypatch, tiny_shapes, pair):
     found = []
     monkeypatch.setattr(bench, "find", lambda *args: found.append(tune.find(*args)) or found[0])
-    result, printed = run(capsys, *pair, "--tune", "--max-new-tokens", "32", "--repeats", "1", "--sequences", "1")
+    result, printed = run(capsys, *pair, "--tune", "--max-new-tokens", "96", "--repeats", "1", "--sequences", "1")
     modes = {m["label"]: m for m in result["runs"][0]["modes"]}
     assert [*modes] == ["ar", "sd", "ssd", "sd, tuned", "ssd, tuned"] and "tune: fastest: " in printed
     assert all(m["same_text"] for m in modes.values())

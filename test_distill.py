@@ -1,6 +1,5 @@
 """distill.py and the recipe of weights/, at toy size on the CPU: python -m pytest test_distill.py"""
 import json
-import math
 import os
 import random
 import re
@@ -116,15 +115,47 @@ def test_sampling_follows_the_distribution_and_the_seed(folder, monkeypatch):
 
 def test_plots_put_their_cues_where_sentences_end(folder):
     model, tokenizer = Llama.load(folder), Tokenizer.from_folder(folder)
-    cues = [[tokenizer.encode(" Then Tom came."), tokenizer.encode(" In the end,")]] * 6
-    steer = make_weights.Plots(cues, [2, 3, 4, 5, 6, 7], tokenizer)
-    steer.sentence_end[::2] = True                                          # a random model seldom ends a sentence
+    texts = [[" Then Tom came.", " In the end,", " they slept."], [" All was well."]] * 3
+    cues = [[tokenizer.encode(text) for text in row] for row in texts]
+    steer = make_weights.Plots(cues, tokenizer)
+    steer.sentence_end[::2], steer.quotes[:] = True, 0                      # a random model seldom ends a sentence
     rows = bulk.sample_continuations(model, [tokenizer.encode("One day, Max")] * 6, 90, 1.0, seed=2, steer=steer)
-    for row, start, end, pace in zip(*rows, steer.pace):
-        text = row[start:end].tolist()
-        at = [next(i for i in range(len(text)) if text[i:i + len(cue)] == cue) for cue in cues[0]]
-        assert at[0] >= pace and at[1] >= at[0] + len(cues[0][0]) + pace    # in order, each after its pace
-        assert steer.sentence_end[text[at[0] - 1]] and steer.sentence_end[text[-1]] and len(text) < 90
+    lengths = set()
+    for row, start, end, parts in zip(*rows, cues):
+        text, last = row[start:end].tolist(), 0
+        assert len(text) < 90 and text[-len(parts[-1]):] == parts[-1]       # the text ends with its last cue
+        for cue in parts:                                                   # in order, each behind one sentence
+            at = next(i for i in range(last, len(text)) if text[i:i + len(cue)] == cue)
+            assert steer.sentence_end[text[at - 1]] and not steer.sentence_end[text[last:at - 1]].any()
+            last = at + len(cue)
+            lengths.add(at)
+    assert len(lengths) > 6
+
+
+def test_only_sentences_that_fit_stay_in_a_story():
+    story = dict(opening="Once, Max had a kite.", stems=[" The sun", "", "", ""], names=["Max", "Ivy"], strange=["fox", "she"],
+                 cues=[" Then the kite was gone.", " Ivy came.", " They found it.", " They were happy."])
+    tell = lambda *added: make_weights.clean(dict(story, text=story["opening"] + "".join(
+        part + cue for part, cue in zip(added, story["cues"]))))
+    plot = story["opening"] + "".join(story["cues"])
+    assert tell("", "", "", "") == (plot, 0)
+    for wrong in " A fox came.", " She cried.", " Max had a spoon.", " Then Tim came.", ' "Hi," said Max.', " It cost 5 cents.", " Max was happy.":
+        assert tell("", wrong, "", "") == (plot, 0), wrong
+    text, own = tell("", " Max was sad.", "\nMax ran to\tIvy.", "")
+    assert text == plot.replace(" Ivy came.", " Max was sad. Ivy came. Max ran to Ivy.") and own == 29
+    assert make_weights.clean(dict(story, text=story["opening"] + " Then the kite was gone. Ivy")) is None
+
+
+def test_every_plot_can_be_told():
+    rng = random.Random(5)
+    for kind in templates.PLOTS:
+        assert kind[0].split(":")[0].split()[0] in {*templates.THINGS, "none"} and len(kind) > 6, kind[0]
+    for _ in range(3000):
+        plot = templates.plot(rng)
+        text = plot.opening + "".join(plot.cues)
+        assert len(plot.stems) == len(plot.cues) > 0 and not set("{}~/") & set(text + plot.ask + plot.question)
+        assert text.count('"') % 2 == 0 and not plot.strange & make_weights.words_of(text), text
+        assert not re.search(r"\ba [aeiou]|\ban [^aeiou]|[.!?] [a-z]|  ", text), text
 
 
 @pytest.mark.parametrize("n", [None, 40])
@@ -311,42 +342,6 @@ def test_prompts_that_do_not_fit_and_rows_of_another_model_are_told(folder, tmp_
     save_file({"tokens": torch.full((2, 9), 7, dtype=torch.int32), "start": 9 * ones, "end": ones}, path)
     with pytest.raises(UserError, match="out of range"):
         distill.main([*command, "--rows", str(path)])
-
-
-def test_cleaning():
-    body = ("He ran to the lake and saw a duck. The duck had a red ball. Tim asked if they could play with it, and soon they "
-            "threw it over the water until the sun was low. His mother called him for supper. He waved to his new friend, "
-            "promised to come back the next day, and walked home along the small path with a big smile.")
-    good = "Once there was a fox named Tim. " + body
-    assert make_weights.clean(good.replace("'", "\u2019") + " And then he") == good
-    assert make_weights.clean(good.replace("ran to", "said, \u201cHello\u201d to")).count('"') == 2
-    for bad in (good + " The **End**.", good + " This story is about a fox.", good + " He ran to the lake and saw a duck.",
-                good + " caf\u00e9.", good[:90], good + " very very."):
-        assert make_weights.clean(bad) is None, bad
-
-
-def test_what_is_said_again():
-    rng = random.Random(0)
-    for length in (7, 40):
-        rows = [[rng.randrange(3) for _ in range(length)] for _ in range(20)]
-        rows.append([0] * length)                                           # the padding in front must match nothing
-        found = make_weights.said_again(torch.tensor(rows), n=3)
-        for row, again in zip(rows, found.tolist()):
-            grams = [tuple(row[i - 2:i + 1]) if i > 1 else None for i in range(length)]
-            assert again == [g is not None and g in grams[:i] for i, g in enumerate(grams)]
-
-
-def test_polish_takes_probability_from_repetitions_alone(folder, tmp_path):
-    model, tokens = Llama.load(folder), torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 9]])
-    logp = lambda: F.linear(bulk.dense_hidden(model, tokens[:, :-1]), model.head).log_softmax(-1)
-    was, again = logp(), torch.tensor([[False] * 6 + [True] + [False]])     # the second 8
-    loss, means = make_weights.unlikelihood_loss(model, tokens, again, ~again, was)
-    assert math.isclose(float(loss), -math.log(1 - float(was[0, 6, 8].exp())) / 8, rel_tol=1e-3)
-    assert math.isclose(float(means["said again"]), 1 / 8) and abs(float(means["KL"])) < 1e-6
-    shutil.copytree(folder, tmp_path / "target")
-    make_weights.main(["polish", "--toy", "--steps", "3", "--weights", str(tmp_path), "--work", str(tmp_path / "work")])
-    polished = Llama.load(tmp_path / "target")
-    assert polished.config.vocab_size == 300 and not torch.equal(polished.embed.float(), model.embed)
 
 
 def test_own_tokenizer_is_one_that_tokenizers_reads(folder):

@@ -20,7 +20,7 @@ from shapes import SHAPES
 from tokenizer import Tokenizer
 
 STARTS = "Once upon a time, there was", "One day,", "Long ago, near the sea, lived", "In a small town,"
-HEROES = "a little fox named Tim", "a shy girl who loved to paint", "an old bear", "two brothers", "a brave duck"
+HEROES = "a little fox named Tim", "a shy girl who loved to paint", "an old bear", "a kind rabbit named Lucy", "a brave duck"
 OPENINGS = [f"{start} {hero}" for start in STARTS for hero in HEROES]
 SYNTHETIC = 3           # the noise stream of synthetic acceptance, beside those of kernels/noise.py
 

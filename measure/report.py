@@ -83,7 +83,7 @@ def mode_lines(head):
         lines.append("ar, which knows of no draft, is the run of the table above.\n")
     if max(head.get("passes", {}).values(), default=1) > 1:
         times = "; ".join(f"{n} x {label}" for label, n in head["passes"].items())
-        lines.append(f"Runs over the prompts in a repeat, so that each lasts half a second: {times}.\n")
+        lines.append(f"Runs over the prompts in a repeat, where one would be too short to tell: {times}.\n")
     if head.get("split"):
         columns = [synthetic + "ms of a round", "in all", "verify", "draft not hidden", "backup", "join", "waiting",
                    "of the draft hidden"]
@@ -195,7 +195,8 @@ def headline(path):
     modes, speeds = {mode["label"]: mode for mode in run["modes"]}, []
     for name in "ar", "sd", "ssd":
         best = max((mode for mode in run["modes"] if mode["mode"] == name), key=lambda mode: mode["tok_s"][0])
-        other = f" ({best['tok_s'][0]:.0f} with a {best['label'].partition(', ')[2]})" if best["label"] != name else ""
+        how = best["label"].partition(", ")[2]
+        other = f" ({best['tok_s'][0]:.0f} with {'a ' * how.startswith('tree')}{how})" if how else ""
         speeds.append(f"`{name}` {modes[name]['tok_s'][0]:.0f}{other}")
     return f"**{', '.join(speeds)} tokens a second** on one {result['card']['device']}, batch {run['batch']}, " \
         f"{'greedy' if not run['temperature'] else 'sampled'}, {'the same tokens' if modes['ssd']['same_text'] else 'OTHER TOKENS'}.\n"

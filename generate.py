@@ -109,6 +109,8 @@ class Engine:
         self.options = Options(fanout=args.fanout, saguaro_c=args.saguaro_c, accept=args.accept, backup=args.backup,
                                **self.asked)
         self.options.check()
+        if args.fanout_budget is None:
+            self.options = replace(self.options, fanout_budget=self.options.usual_budget())
         self.plans = {}                         # mode -> tune.Plan, once `plan` has found some
         self.timeline = Timeline(target=self.device, draft=self.draft_device) if args.trace or args.timeline else None
         self.configs = {name: LlamaConfig.from_folder(folder) for name, folder in self.folders.items()}

@@ -365,10 +365,13 @@ def test_slower_speculation_is_not_used(tuned, mode, times):
     assert answer["mode"] == "ssd" and err.count("\n") == 1
 
 
-def test_without_a_choice_the_defaults(run, target, draft, monkeypatch):
+@pytest.mark.parametrize("flags, tree, budget", [((), None, 16), (("--tree", 32), "32", 4), (("--tree", "4,2,1"), "4,2,1", 4),
+                                                 (("--tree", "2,1,1"), "2,1,1", 8), (("--tree", 8, "--k", 8), "8", 16),
+                                                 (("--tree", 32, "--fanout-budget", 7), "32", 7)])
+def test_without_a_choice_the_defaults(run, target, draft, monkeypatch, flags, tree, budget):
     seen = used(monkeypatch)
-    run("--model", target, "--draft", draft, "--prompt", "Once", "--max-new-tokens", 4, "--k", "auto")
-    assert (seen["ssd"].k, seen["ssd"].tree, seen["ssd"].fanout_budget) == (6, None, 16)
+    run("--model", target, "--draft", draft, "--prompt", "Once", "--max-new-tokens", 4, *(flags or ("--k", "auto")))
+    assert (seen["ssd"].k, seen["ssd"].tree, seen["ssd"].fanout_budget) == (8 if "--k" in flags else 6, tree, budget)
 
 
 def test_tune_in_a_conversation(run, target, draft):

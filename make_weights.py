@@ -1,7 +1,7 @@
 """
-How weights/ was made, from SmolLM2-135M-Instruct (Apache-2.0) and nothing else. One stage a command, in this order:
+How weights/ was made, from our plots, SmolLM2-135M-Instruct (Apache-2.0) and nothing else. One stage a command, in this order:
 
-    python make_weights.py stories --smollm2 DIR    story texts, sampled by our own engine        -> WORK/stories.jsonl
+    python make_weights.py stories --smollm2 DIR    plots, to which SmolLM2 adds sentences        -> WORK/stories.jsonl
     python make_weights.py text                     clean, deduplicate, tokenizer, encode (CPU)   -> WORK/text/
     python make_weights.py target                   train the story target                        -> WEIGHTS/target
     python make_weights.py draft                    distil its draft                              -> WEIGHTS/draft

@@ -66,6 +66,8 @@ STEMS = (                               # of sentences that fit in nearly anywhe
 QUESTIONS = (
     "Tell me a story about a {B}.", "Can you tell me a story about a {B} named {N}?", "What happened to {N} the {B}?",
     "Please tell me a short story about a {A} {B}.", "Do you know a story about a {B} and a {C}?", "Tell me a story, please.")
+# A block a plot: "kind of THINGS: summary", then the parts of the story, a line each: wordings to choose from between " / ", and a ~
+# at the end where the model may add a sentence. {N} is the hero, {F} a friend (a {C}), {he} {his} {him} and {fhe} ... their pronouns.
 PLOTS = [block.split("\n") for block in (Path(__file__).parent / "prompts/story_plots.txt").read_text().strip().split("\n\n")]
 
 
@@ -87,7 +89,7 @@ def plot(rng, own=1.0):
     (he, name), (other, friend) = (rng.choice([("he", BOYS), ("she", GIRLS)]) for _ in range(2))
     being = lambda he: rng.choice(ANIMALS) if rng.random() < 0.7 else "boy" if he == "he" else "girl"
     words = dict(N=rng.choice(name), F=rng.choice(friend), A=rng.choice(TRAITS), B=being(he), C=being(other),
-                 P=rng.choice(PLACES), T=rng.choice(THINGS.get(kind.split()[0], "").split(", ")))
+                 P=rng.choice(PLACES), T=rng.choice(THINGS.get(kind, "").split(", ")))
     while words["F"] == words["N"] or words["B"] == words["C"]:
         words |= dict(F=rng.choice(friend), C=rng.choice(ANIMALS))
     for key, who in ("", he), ("f", other):

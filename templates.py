@@ -1,6 +1,6 @@
 """
 The seeds of make_weights.py: plots of stories, and beginnings of what users ask. Words and templates, combined at random, all
-written for this; SmolLM2 writes all the rest. Nothing here is taken from a data set.
+written for this; SmolLM2 writes what users ask, and a sentence here and there in the stories. Nothing is taken from a data set.
 """
 import re
 from pathlib import Path

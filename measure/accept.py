@@ -1,6 +1,6 @@
 """Does it all hold on this machine? The long checks that the tests leave out: a line each, and JSON.
 
-    python -m measure.accept                                    all of them: about two minutes on an H100
+    python -m measure.accept                                    all of them: about seven minutes on an H100
     python -m measure.accept --only exact --pairs smollm2       some: exact, delays, steady, storm, host
     python -m measure.accept --prompts 2 --new 24 --runs 2      smaller, as a CPU wants it
 

@@ -5,6 +5,7 @@
     compute-sanitizer --tool memcheck --error-exitcode 9 python -m measure.sanitize
     compute-sanitizer --tool racecheck --error-exitcode 9 python -m measure.sanitize
     ... python -m measure.sanitize smollm2-135m             the same with the sizes, and so the tiles, of a real shape
+    ... python -m measure.sanitize 1/4                      every fourth run: racecheck takes more than a minute for each
 
 Two layers, head_dim 64; chains and trees, greedy and sampled, a draft with a vocabulary of its own and one in int8, either backup, both
 accept rules, a target that keeps to its share. Every kernel of a round is launched (test_accept.py counts them), and the
@@ -74,11 +75,16 @@ def rounds(config, device, dtype, prompt=PROMPT, new=7, runs=RUNS):
         yield f"{mode}, {options.tree or options.k}, {kind}, T = {temperature:g}, {options.accept}: {line}"
 
 
-def main(names):
+def main(argv):
+    """argv: names of shapes, and I/N for every N-th run from the I-th on."""
     if not torch.cuda.is_available():
         raise UserError("there is no CUDA GPU whose kernels could be watched")
-    for config in [replace(shape(name), n_layers=2) for name in names] or (TINY, replace(TINY, dim=96)):
-        for line in rounds(config, torch.device("cuda"), torch.bfloat16):
+    part = next((word for word in argv if "/" in word), "1/1")
+    first, step = (int(n) if n.isdigit() else 0 for n in part.split("/", 1))
+    if not 1 <= first <= step <= len(RUNS):
+        raise UserError(f"{part}: expected I/N with 1 <= I <= N <= {len(RUNS)}, for every N-th run from the I-th on")
+    for config in [replace(shape(name), n_layers=2) for name in argv if name != part] or (TINY, replace(TINY, dim=96)):
+        for line in rounds(config, torch.device("cuda"), torch.bfloat16, runs=RUNS[first - 1::step]):
             print(line, flush=True)
     torch.cuda.synchronize()
     print("ok", flush=True)

@@ -27,6 +27,7 @@ was a verify, drafting that no verify hid, a backup after a miss, the look-up, o
 import gc
 import json
 import math
+import operator
 import shlex
 import sys
 import time
@@ -58,8 +59,8 @@ from shapes import SHAPES
 from timeline import Timeline, hidden_share, host_wait
 from tune import choose, describe, find, shares, usual_share
 
-COUNTED = ("tokens", "seconds", "rounds", "sequence_rounds", "accepted", "tested", "hits", "lookups", "batch_hits", "batch_lookups",
-           "prefill_seconds")
+COUNTED = "tokens", "seconds", "rounds", "sequence_rounds", "accepted", "tested", "hits", "lookups", "batch_hits", "batch_lookups"
+COUNTS = operator.attrgetter(*COUNTED)
 SETTLE = 3              # rounds at the start of a run that aren't timed
 WARM_UP = 2             # groups of prompts that all contestants run before anything is timed
 LEAST_SECONDS = 1.0     # of decoding in a repeat: small models go over the prompts several times
@@ -83,29 +84,36 @@ class Contestant:
         models, options = [self.pair.target.run_with(share=self.share)], ()
         if self.mode != "ar":
             models, options = [*models, self.pair.draft], (self.options,)
-        counts = lambda: Counter({name: getattr(self.stats, name) for name in COUNTED})
-        kept, texts, ended, before, began = Counter(), [[] for _ in group], False, counts(), time.perf_counter()
-        slow, earlier = Graphs.slow, True
+        kept, texts, ended, began = Counter(), [[] for _ in group], False, time.perf_counter()
+        slow, earlier, first = Graphs.slow, True, None          # first, last: counts around the timed rounds in a row, if any
         loop = MODES[self.mode](*models, group, self.new_tokens, self.sampling, *options, stop_ids=self.pair.stop_ids,
                                 seeds=seeds, stats=self.stats)
-        for number, chunks in enumerate(loop):
+        last, prefill = COUNTS(self.stats), self.stats.prefill_seconds
+        for number, chunks in enumerate(loop):                  # a round may be as short as the work that is done here
             if number == 0:
                 kept["first"] = time.perf_counter() - began
-                kept["prefill_seconds"] = self.stats.prefill_seconds - before["prefill_seconds"]
-            after, now, slow = counts(), Graphs.slow > slow, Graphs.slow
-            if number < SETTLE or now or earlier:           # a loop runs a round ahead: the next one pays for a slow step
+                kept["prefill_seconds"] = self.stats.prefill_seconds - prefill
+            after, now, slow = COUNTS(self.stats), Graphs.slow > slow, Graphs.slow
+            if number < SETTLE or now or earlier:               # a loop runs a round ahead: the next one pays for a slow step
+                kept += spent(first, last)
+                first = None
                 kept["left_out"] += 1
-            else:
-                for name in COUNTED[:-1]:
-                    kept[name] += after[name] - before[name]
-            before, earlier = after, now
+            elif first is None:
+                first = last
+            last, earlier = after, now
             for chunk in chunks:
                 texts[chunk.sequence] += chunk.tokens
                 ended |= len(texts[chunk.sequence]) >= self.new_tokens or not self.pair.stop_ids.isdisjoint(chunk.tokens)
             if ended:
                 break
+        kept += spent(first, last)
         loop.close()
         return kept, texts
+
+
+def spent(first, last):
+    """What was counted between two COUNTS; nothing if first is None."""
+    return Counter() if first is None else Counter({name: b - a for name, a, b in zip(COUNTED, first, last)})
 
 
 def compare(contestants, groups, repeats, device):

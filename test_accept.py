@@ -125,4 +125,4 @@ def test_what_the_sanitizer_watches(capsys):
         sanitize.main([part])
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line != "ok"]
-    assert len(lines) == len({*lines}) == 2 * len(sanitize.RUNS) and out.endswith("ok\n") and " 0 hits of 0" in out
+    assert len(lines) == 2 * len(sanitize.RUNS) and out.endswith("ok\n") and " 0 hits of 0" in out

@@ -30,7 +30,7 @@ from draft import Drafter, prompt_lookup
 from errors import UserError
 from generate import WEIGHTS
 from graphs import MOST, Graphs
-from measure.pairs import rounded
+from measure.pairs import rounded, worse
 from measure.steady import allocations
 from model import KVCache, Llama, LlamaConfig, prefill
 from plan import critical_batch, expected_speedup, fan_out
@@ -1043,7 +1043,9 @@ gpu_only = lambda test: pytest.mark.gpu(no_gpu(test))
 
 
 def embedded_pair():
-    return [Llama.load(ROOT / "weights" / name, DEVICE, torch.bfloat16) for name in ("target", "draft")]
+    """... whose draft is made worse, so that misses are common."""
+    target, draft = (Llama.load(ROOT / "weights" / name, DEVICE, torch.bfloat16) for name in ("target", "draft"))
+    return [target, worse(draft)]
 
 
 @gpu_only

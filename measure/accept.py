@@ -29,7 +29,7 @@ from draft import Drafter
 from errors import UserError, exit_on_user_error
 from generate import MODES, WEIGHTS, find_device
 from measure import steady
-from measure.pairs import Pair
+from measure.pairs import Pair, worse
 from model import Llama
 from request import FlagParser
 from saguaro import Target
@@ -46,13 +46,12 @@ STEPS = (Target, "verify"), (Drafter, "precompute"), (Drafter, "switch"), (Draft
 
 
 def load(name, args):
-    """A Pair of FOLDERS with args.prompts prompts; UserError if it isn't there. The embedded draft is made worse, by a random scale
-    on its last norm: as it is it would hardly ever be wrong, and misses are what there is to check."""
+    """A Pair of FOLDERS with args.prompts prompts; UserError if it isn't there. The embedded draft is made worse: misses are what there
+    is to check."""
     folders = [ROOT / folder for folder in FOLDERS[name]]
     models, tokenizer = [Llama.load(folder, args.device, args.dtype) for folder in folders], Tokenizer.from_folder(folders[0])
     if name == "embedded":
-        draft = models[1]
-        draft.norm.mul_(-0.5 + 3.0 * torch.rand(draft.config.dim, generator=torch.Generator().manual_seed(3)).to(draft.norm))
+        worse(models[1])
         prompts = [tokenizer.prompt(templates.plot(random.Random(i))[2]) for i in range(args.prompts)]
     else:
         path = next(path for path in (ROOT / "prompts" / file for file in PROMPTS) if path.exists())

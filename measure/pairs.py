@@ -49,6 +49,13 @@ def rounded(model, bits, group=64):
     return model
 
 
+def worse(draft):
+    """The draft with a random scale on its last norm, in place: the embedded one as it is would hardly ever be wrong."""
+    scale = torch.rand(draft.config.dim, generator=torch.Generator().manual_seed(3))
+    draft.norm.mul_((-0.5 + 3.0 * scale).to(draft.norm))
+    return draft
+
+
 def shape(name):
     if name not in SHAPES:
         raise UserError(f"unknown shape {name}; expected one of {', '.join(SHAPES)}")

@@ -217,8 +217,8 @@ def contestants_for(args, pair, group, share, more=True):
     if pair.draft is not None:
         found |= {"sd": make("sd", args.options), "ssd": make("ssd", args.options, share)}
         for what, modes, field, values in (
-                ("k", ("sd", "ssd"), "k", (2, 3, 4, 6, 8, 10)), ("fanout", ("ssd",), "fanout_budget", (4, 8, 16, 32, 64)),
-                ("tree", ("sd", "ssd"), "tree", (8, 16, 32, 64))):
+                ("k", ("sd", "ssd"), "k", (2, 4, 6, 8, 10)), ("fanout", ("ssd",), "fanout_budget", (4, 8, 16, 32)),
+                ("tree", ("sd", "ssd"), "tree", (16, 32, 64))):
             given = args.sweep.get(what)
             for mode in modes if more and given is not None else ():
                 for value in given or values:

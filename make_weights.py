@@ -100,8 +100,7 @@ def stories(args):
         texts = itertools.chain.from_iterable(pool.imap(functools.partial(decode_all, args.smollm2), chunks))
         with open(args.work / "stories.jsonl", "w", encoding="utf-8") as file:
             for i, text in zip(done, texts):
-                lists = {key: sorted(value) if isinstance(value, set) else value for key, value in plots[i]._asdict().items()}
-                file.write(json.dumps({"text": text, **lists}) + "\n")
+                file.write(json.dumps({"text": text, **plots[i]._asdict()}, default=sorted) + "\n")     # sets as lists
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,9 +125,9 @@ def fits(sentence, text, cue, story):
     it brings in nothing but weather and feelings, and the mood is that of its surroundings. It is there that a small model loses
     the thread."""
     names = set(re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", sentence)) - KNOWN
-    near = text[-150:] + cue[:80]
+    words, near = words_of(sentence), text[-150:] + cue[:80]
     return (re.fullmatch(r"[A-Z][A-Za-z',; ]*[a-z][.!?]", sentence) and sentence.count(" ") < 11 and sentence not in text
-            and words_of(sentence) <= words_of(text) | templates.PLAIN and words_of(sentence).isdisjoint(story["strange"])
+            and words <= words_of(text) | templates.PLAIN and words.isdisjoint(story["strange"])
             and names <= set(story["names"]) and not re.search(r"\b(gone|away|flew|(\w+) (and )?\2)\b", sentence)
             and not (GLAD.search(sentence) and GLOOM.search(near)) and (not GLOOM.search(sentence) or GLOOM.search(near)))
 

@@ -93,8 +93,8 @@ def plot(rng, own=1.0):
     while words["F"] == words["N"] or words["B"] == words["C"]:
         words |= dict(F=rng.choice(friend), C=rng.choice(ANIMALS))
     for key, who in ("", he), ("f", other):
-        for form, word in zip(("he", "his", "him", "himself"), {"he": ("he", "his", "him", "himself"),
-                                                                "she": ("she", "her", "her", "herself")}[who]):
+        for form, female in ("he", "she"), ("his", "her"), ("him", "her"), ("himself", "herself"):
+            word = form if who == "he" else female
             words |= {key + form: word, key + form.capitalize(): word.capitalize()}
 
     def fill(text):

@@ -137,9 +137,11 @@ class Slots:
     begin with: its K and V are in each slot since the slot's first text. See sample_continuations.
     """
 
-    def __init__(self, model, prompts, max_new_tokens, temperature, min_p, seed, stop_ids, penalty, steer, batch):
+    def __init__(self, model, prompts, max_new_tokens, temperature, min_p, seed, stop_ids, grammar, batch):
         device, self.model, self.P = model.device, model, len(prompts)
-        self.min_p, self.penalty, self.seed, self.steer = min_p, penalty, seed * 1_000_003, steer
+        self.min_p, self.seed, self.grammar = min_p, seed * 1_000_003, grammar
+        if grammar:
+            grammar.begin()
         length = torch.tensor([len(prompt) for prompt in prompts] + [0])
         S = int(length.max()) + max_new_tokens
         text = torch.zeros(self.P + 1, S, dtype=torch.int32)                # the last row is for slots without a text
@@ -167,18 +169,21 @@ class Slots:
         row, at, cache = self.row, self.at, self.cache
         attention = lambda qkv, i: self.ops.attend(qkv, at, self.model.freqs, cache.k[i], cache.v[i])
         hidden = forward(self.model, self.text[row, at], attention, self.ops.add_norm, self.ops.swiglu)      # [B, dim]
-        logits = F.linear(hidden, self.model.head)                          # [B, V]
-        token = self.ops.choose(logits, self.text, row, at, self.temperature, self.min_p, self.penalty, self.seed)
-        new = at + 1
+        head, new = self.model.head, at + 1
+        if self.grammar:
+            token, *onward = self.grammar.choose(hidden, head, row, at, self.temperature, self.seed)
+            ended = onward[0] == 0
+        else:
+            token = self.ops.choose(F.linear(hidden, head), row, at, self.temperature, self.min_p, self.seed)
+            ended = self.stops[token]
         active = new >= self.length[row]                                    # the others still read their prompt
         token = torch.where(active, token, self.text[row, new].long())
-        ended = self.stops[token] & active
-        if self.steer:
-            token, ended = self.steer(row, token, ended, active)
         over = ended & active | (new + 1 >= self.limit[row])
         self.text[row, new] = token.int()
         self.end[row] = torch.where(over, new + 1, self.end[row])
         fresh = (self.next + over.cumsum(0) - 1).clamp(max=self.P)
+        if self.grammar:
+            self.grammar.go_on(row, active, *onward)
         self.next += over.sum()
         self.row.copy_(torch.where(over, fresh, row))
         self.at.copy_(new.masked_fill(over, self.common))
@@ -198,16 +203,16 @@ class Slots:
 
 
 @torch.inference_mode()
-def sample_continuations(model, prompts, max_new_tokens, temperature=0.0, min_p=0.0, seed=0, stop_ids=(), penalty=0.0,
-                         steer=None, batch=2048, minutes=None, name="sampling"):
+def sample_continuations(model, prompts, max_new_tokens, temperature=0.0, min_p=0.0, seed=0, stop_ids=(), grammar=None,
+                         batch=2048, minutes=None, name="sampling"):
     """Continue thousands of prompts, `batch` of them at a time.
 
     prompts: list of token lists. temperature: a float, or a list that the prompts take in turn. min_p: leave out tokens
-    less likely than this times the likeliest (Nguyen et al. 2024, https://arxiv.org/abs/2407.01082). penalty: subtracted
-    from the logits of tokens that a text already holds. steer(rows, token, ended, active) -> token, ended may change what
-    was sampled for the prompts `rows` [B] (number len(prompts): none). minutes: start no text after this time. name: of
-    the progress lines, or None. Returns Rows, one a prompt (end = start for those that time didn't allow); a row ends with
-    its stop id where it met one. What a row holds depends on (prompt, seed, its number), not on the batch, but for rounding.
+    less likely than this times the likeliest (Nguyen et al. 2024, https://arxiv.org/abs/2407.01082). grammar: a Grammar of
+    as many texts, along which they go on and with which they end; then min_p and stop_ids don't count. minutes: start no text
+    after this time. name: of the progress lines, or None. Returns Rows, one a prompt (end = start for those that time didn't
+    allow); a row ends with its stop id where it met one. What a row holds depends on (prompt, seed, its number), not on the
+    batch, but for rounding.
     """
     total = max(map(len, prompts)) + max_new_tokens
     if total > model.config.max_context:
@@ -215,7 +220,7 @@ def sample_continuations(model, prompts, max_new_tokens, temperature=0.0, min_p=
                         f"the target's context is {model.config.max_context}; shorten the prompts or --max-new")
     start = torch.tensor([len(prompt) for prompt in prompts])
     with on(model.device), flash():
-        slots = Slots(model, prompts, max_new_tokens, temperature, min_p, seed, stop_ids, penalty, steer, batch)
+        slots = Slots(model, prompts, max_new_tokens, temperature, min_p, seed, stop_ids, grammar, batch)
         began = told = time.time()
         while True:
             slots.advance(CHECK_EVERY)

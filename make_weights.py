@@ -1,7 +1,7 @@
 """
 How weights/ was made, from our plots, SmolLM2-135M-Instruct (Apache-2.0) and nothing else. One stage a command, in this order:
 
-    python make_weights.py stories --smollm2 DIR    plots, to which SmolLM2 adds sentences        -> WORK/stories.jsonl
+    python make_weights.py stories --smollm2 DIR    SmolLM2 tells stories along our plots         -> WORK/stories.jsonl
     python make_weights.py text                     clean, deduplicate, tokenizer, encode (CPU)   -> WORK/text/
     python make_weights.py target                   train the story target                        -> WEIGHTS/target
     python make_weights.py draft                    distil its draft                              -> WEIGHTS/draft
@@ -20,7 +20,6 @@ import random
 import re
 import shutil
 from array import array
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,48 +32,28 @@ import templates
 from bpe import save_tokenizer
 from bulk import dense_hidden, exit_on_interrupt, load_model, new_model, sample_continuations, to_device, train
 from errors import exit_on_user_error
+from grammar import Grammar, lay_out
 from model import LlamaConfig
 from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stories
 
-class Plots:
-    """Steers sampling: at each end of a sentence outside of quotes the next cue is fed; the text ends with the last one."""
-
-    def __init__(self, cues, tokenizer, device="cpu"):
-        pieces = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
-        self.sentence_end = torch.tensor([piece.rstrip('" \n').endswith((".", "!", "?")) for piece in pieces]).to(device)
-        self.quotes = torch.tensor([piece.count('"') % 2 for piece in pieces]).to(device)
-        cues = [*cues, []]                                                  # the last is for rows without a text
-
-        def pad(lists):
-            width = max(map(len, lists))
-            return torch.tensor([row + row[-1:] * (width - len(row)) for row in lists]).to(device)
-        self.queue = pad([sum(texts, []) + [0] for texts in cues])          # [P + 1, Q] all cues, one after the other
-        self.bounds = pad([[0, *itertools.accumulate(map(len, texts))] for texts in cues])      # [P + 1, cues + 1]
-        self.total = self.bounds[:, -1]
-        self.fed, self.part, self.inside = torch.zeros(3, len(cues), dtype=torch.int64, device=device)
-
-    def __call__(self, rows, token, ended, active):
-        fed, part, last = self.fed[rows], self.part[rows], self.bounds.shape[1] - 1
-        cued = active & (fed < self.bounds[rows, part])                     # in the middle of a cue
-        token = torch.where(cued, self.queue[rows, fed], token)
-        inside = (self.inside[rows] + self.quotes[token] * active) % 2
-        turn = (self.sentence_end[token] & (inside == 0) | ended) & active & ~cued
-        self.fed[rows], self.inside[rows], self.part[rows] = fed + cued, inside, part + (turn & (part < last))
-        return token, cued & (fed + 1 == self.total[rows])
+TEMPERATURE = 1.5               # where the grammar leaves a choice, so that SmolLM2 doesn't always choose the same
 
 
 def list_plots(folder, seed, count, part):
-    """`count` plots as (prompt tokens, length of the instruction before the story, tokens of the cues, plot)."""
+    """`count` plots as (prompt tokens, length of the instruction before the story, question, opening), and their grammars."""
     rng, tokenizer, found = random.Random(f"{seed} {part}"), Tokenizer.from_folder(folder), []
-    for _ in range(count):
-        plot = templates.plot(rng)
-        head, (first, *stems) = tokenizer.chat([{"role": "user", "content": plot.ask}]), plot.stems
-        cues = [tokenizer.encode(cue + stem) for cue, stem in zip(plot.cues, [*stems, ""])]
-        found.append((head + tokenizer.encode(plot.opening + first), len(head), cues, plot))
-    return found
+
+    def grammars():
+        for _ in range(count):
+            plot = templates.plot(rng)
+            head = tokenizer.chat([{"role": "user", "content": plot.ask}])
+            found.append((head + tokenizer.encode(plot.opening), len(head), plot.question, plot.opening))
+            yield [[tokenizer.encode(wording) for wording in wordings] for wordings in plot.parts]
+    laid_out = lay_out(grammars())
+    return found, laid_out
 
 
 def decode_all(folder, rows):
@@ -83,16 +62,15 @@ def decode_all(folder, rows):
 
 
 def stories(args):
-    """Sample the texts. SmolLM2 is told what the story is about, and the plot's own sentences come in between."""
+    """Sample the texts. SmolLM2 is told what the story is about; its tokens are those that the plot's grammar allows."""
     count, parts = args.count or (48 if args.toy else 150_000), 16
     with multiprocessing.Pool() as pool:                                    # forked while there is no CUDA here yet
-        found = sum(pool.map(functools.partial(list_plots, args.smollm2, args.seed, count // parts), range(parts)), [])
-        prompts, heads, cues, plots = zip(*found)
-        smollm2, tokenizer = load_model(args.smollm2, args.device), Tokenizer.from_folder(args.smollm2)
-        steer = Plots(cues, tokenizer, args.device)
-        stops = {*tokenizer.eos_ids, *tokenizer.chat_stop_ids, 0}
-        rows = sample_continuations(smollm2, prompts, 400, 0.4, 0.05, args.seed, stops, penalty=0.2, steer=steer,
-                                    batch=args.batch, minutes=args.minutes, name="stories")
+        found, laid_out = zip(*pool.map(functools.partial(list_plots, args.smollm2, args.seed, count // parts), range(parts)))
+        prompts, heads, questions, openings = zip(*itertools.chain.from_iterable(found))
+        smollm2, grammar = load_model(args.smollm2, args.device), Grammar(laid_out, args.device)
+        rows = sample_continuations(smollm2, prompts, grammar.longest, TEMPERATURE, seed=args.seed, grammar=grammar, batch=args.batch,
+                                    minutes=args.minutes, name="stories")
+        print(grammar.report())
         done = (rows.end > rows.start).nonzero()[:, 0].tolist()
         tokens, end = rows.tokens.numpy(), rows.end.tolist()
         own = [tokens[i, heads[i]:end[i]] for i in done]
@@ -100,51 +78,15 @@ def stories(args):
         texts = itertools.chain.from_iterable(pool.imap(functools.partial(decode_all, args.smollm2), chunks))
         with open(args.work / "stories.jsonl", "w", encoding="utf-8") as file:
             for i, text in zip(done, texts):
-                file.write(json.dumps({"text": text, **plots[i]._asdict()}, default=sorted) + "\n")     # sets as lists
+                file.write(json.dumps({"text": text, "question": questions[i]}) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text: clean, deduplicate, learn a vocabulary, encode
 
-ASCII = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": " - ",
-                       "\u2026": "...", "\u00a0": " "})
-KNOWN = {"I", "Mom"}
-GLAD = re.compile(r"happy|smil|laugh|proud|glad|better|beautiful|wonderful|\bsun|sang|sing|danc|bright|bloom|love|\bfun")
-GLOOM = re.compile(
-    r"\b(sad|cry|cri|tear|afraid|scar|fright|lost|gone|brok|worr|angr|sorry|hung|cold|dark|night|tired|alone|lone|hurt|sick|fell|wrong"
-    r"|rain|storm|nobody|no\b|not|never|hard|heavy|stuck|mad|hid|asleep|sleep|late|too|die|dying|dead)|n't\b", re.I)
+PLAIN = re.compile(r"""[A-Z"][A-Za-z ,.!?'"-]*[.!?]"?""")                   # no markup, no digits, whole sentences
+REFUSAL = re.compile(r"\b(AI|language model|I cannot|as an assistant)\b")
 MERGE_SAMPLE = 30_000_000       # characters from which the vocabulary is learned
-
-
-def words_of(text):
-    return set(re.findall(r"[a-z]+", text.lower()))
-
-
-def fits(sentence, text, cue, story):
-    """Whether a sentence that the model added between `text` and `cue` may stay: it is short, plain and new, nobody speaks in it,
-    it brings in nothing but weather and feelings, and the mood is that of its surroundings. It is there that a small model loses
-    the thread."""
-    names = set(re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", sentence)) - KNOWN
-    words, near = words_of(sentence), text[-150:] + cue[:80]
-    return (re.fullmatch(r"[A-Z][A-Za-z',; ]*[a-z][.!?]", sentence) and sentence.count(" ") < 11 and sentence not in text
-            and words <= words_of(text) | templates.PLAIN and words.isdisjoint(story["strange"])
-            and names <= set(story["names"]) and not re.search(r"\b(gone|away|flew|(\w+) (and )?\2)\b", sentence)
-            and not (GLAD.search(sentence) and GLOOM.search(near)) and (not GLOOM.search(sentence) or GLOOM.search(near)))
-
-
-def clean(story):
-    """A line of stories.jsonl -> the story with those of the model's sentences that fit, as ASCII, and how many of its characters
-    the model wrote; None if it was not finished."""
-    text, rest, own = story["opening"], story["text"].removeprefix(story["opening"]), 0
-    for stem, cue in zip(story["stems"], story["cues"]):
-        sentence, found, rest = rest.partition(cue)
-        if not found:
-            return None
-        sentence = re.sub(r"\s+", " ", sentence.translate(ASCII)).strip()
-        if fits(sentence, text, cue, story):
-            text, own = f"{text} {sentence}", own + 1 + len(sentence) - len(stem)
-        text += cue
-    return text, own
 
 
 def encode_all(folder, documents):
@@ -156,18 +98,10 @@ def encode_all(folder, documents):
 def text(args):
     """stories.jsonl -> WORK/text: tokenizer and tokens.safetensors (train, validation: one stream of documents each)."""
     lines = [json.loads(line) for line in open(args.work / "stories.jsonl", encoding="utf-8")]
+    kept = {line["text"]: line["question"] for line in lines}
+    kept = {story: question for story, question in kept.items() if PLAIN.fullmatch(story) and not REFUSAL.search(story)}
+    documents = [f"Question: {question}\nAnswer: {story}" if i % 8 == 7 else story for i, (story, question) in enumerate(kept.items())]
     with multiprocessing.Pool() as pool:
-        kept, own = {}, 0
-        for line, found in zip(lines, pool.map(clean, lines, chunksize=500)):
-            if found and found[0] not in kept:
-                kept[found[0]] = line["question"]
-                own += found[1]
-        sample = random.Random(args.seed).sample(list(kept), min(len(kept), 40_000))
-        spread = Counter(itertools.chain.from_iterable(pool.map(words_of, sample, chunksize=500)))
-        rare = {word for word, n in spread.items() if n < 5e-5 * len(sample)}       # 1 document of 40,000
-        plain = map(rare.isdisjoint, pool.map(words_of, kept, chunksize=500))
-        documents = [f"Question: {question}\nAnswer: {story}" if i % 8 == 7 else story
-                     for i, (story, question) in enumerate(itertools.compress(kept.items(), plain))]
         random.Random(args.seed).shuffle(documents)
         save_tokenizer(documents[:1 + MERGE_SAMPLE // 600], VOCABULARY, args.work / "text")
         chunks = [documents[i:i + 2000] for i in range(0, len(documents), 2000)]
@@ -177,8 +111,7 @@ def text(args):
     save_file({"train": tokens[:cut].clone(), "validation": tokens[cut:].clone()},
               args.work / "text" / "tokens.safetensors")
     (args.work / "text" / "sample.txt").write_text("\n\n".join(documents[:200]))
-    print(f"{len(lines):,} texts, {len(documents):,} kept, {sum(map(len, documents)):,} characters, {len(tokens):,} tokens; "
-          f"of the plain texts SmolLM2 wrote {own / sum(map(len, kept)):.0%}, the plots are ours")
+    print(f"{len(lines):,} texts, {len(documents):,} kept, {sum(map(len, documents)):,} characters, {len(tokens):,} tokens")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,16 +168,17 @@ def write_prompts(path, texts):
 
 def draft(args):
     """Distil the story draft: continuations of fresh openings, and the stories themselves."""
-    for name, seed, count in ("openings", 1, 200 if args.toy else 60_000), ("held_out", 2, 128):
-        rng = random.Random(f"{args.seed} {name} {seed}")
-        write_prompts(args.work / f"{name}.jsonl", dict.fromkeys(templates.plot(rng)[2] for _ in range(count)))
+    rng = random.Random(f"{args.seed} openings")
+    openings = [*dict.fromkeys(templates.opening(rng) for _ in range(400 if args.toy else 60_000))]
+    write_prompts(args.work / "held_out.jsonl", openings[:128])
+    write_prompts(args.work / "openings.jsonl", openings[128:])
     stream = load_file(args.work / "text" / "tokens.safetensors")["train"]
     span = 128 if args.toy else ROW
     ones = torch.ones(len(stream) // span, dtype=torch.int64)
     rows = {"tokens": stream[:len(ones) * span].view(-1, span), "start": ones, "end": ones * span}
     save_file(rows, args.work / "story_rows.safetensors")
     sizes = ("--layers 1 --dim 64 --max-new 32 --tokens 4000" if args.toy else
-             "--layers 2 --dim 128 --ffn 384 --max-new 192 --tokens 10000000")
+             "--layers 1 --dim 160 --ffn 448 --max-new 192 --tokens 10000000")
     distill.main([*f"--target {args.weights}/target --out {args.weights}/draft --prompts {args.work}/openings.jsonl "
                   f"--rows {args.work}/story_rows.safetensors --eval-prompts {args.work}/held_out.jsonl "
                   f"--temperature 0 0.8 --sample-batch {2 * args.batch} --batch 128 --lr 4e-3 --device {args.device} "

@@ -1,6 +1,6 @@
 """
-The seeds of make_weights.py: plots of stories, and beginnings of what users ask. Words and templates, combined at random, all
-written for this; SmolLM2 writes what users ask, and a sentence here and there in the stories. Nothing is taken from a data set.
+The seeds of make_weights.py: openings and plots of stories, and beginnings of what users ask. Words and templates, combined at
+random, all written for this; SmolLM2 tells the stories along the plots, and writes what users ask. Nothing is taken from a data set.
 """
 import re
 from pathlib import Path
@@ -14,20 +14,8 @@ NAMES = GIRLS + BOYS
 ANIMALS = """
 fox rabbit bear mouse cat dog duck frog pig lamb pony squirrel hedgehog turtle monkey penguin puppy goat hen deer robot
 """.split()
-STRANGE = {*ANIMALS, *"""
-boy girl man woman king queen prince princess lion tiger elephant whale dragon monster wolf he him his himself she her herself
-""".split()}
-PLAIN = {*"""
-a the and so but was were is had felt very too of in on at to with it he she they his her him them their all up down out again soon
-sun sky wind soft blew blow through trees tree shone shining shine bright brightly blue dark gray white clouds cloud warm cool cold
-day night morning evening birds bird sang sing singing song flew air leaves grass flowers green full stars moon quiet still
-sad happy scared afraid worried glad proud tired hungry lonely angry excited surprised better alone smiled smile heart big little
-beating fast could not hardly wait know what do say nothing for while long as there be did didn see saw look looked went walked ran
-sat stood home house friend friends mom water eat play played together thing place way time both one never seen before today now
-then here love loved like liked wanted want go come came made make good very much more so all
-""".split()}
 TRAITS = """
-little small old kind brave shy happy clever curious lazy quiet funny gentle hungry sleepy silly young polite careful strong
+little small kind brave shy happy clever curious lazy quiet funny gentle hungry sleepy silly young polite careful strong
 playful cheerful friendly
 """.split()
 PLACES = (
@@ -50,73 +38,173 @@ THINGS = {
     "built": "tower of blocks, sand castle, little house of sticks, castle of blocks, stone tower, toy village, fort",
     "sweets": "cookies, candies, chocolate cookies, honey cookies, lemon drops, little cakes",
     "newfood": "pumpkin soup, spinach, tomato soup, broccoli, rice pudding, onion soup, mushroom soup, vegetable stew"}
-OPENINGS = (
-    "Once upon a time, there was a {A} {B} named {N}. {N} lived {P}.", "Once upon a time, {P}, there lived a {A} {B} named {N}.",
-    "Once upon a time, there was a {A} {B} named {N}.", "Once upon a time, {N} the {B} lived {P}.",
-    "There was once a {A} {B} named {N} who lived {P}.", "{N} was a {A} {B} who lived {P}.", "There was a {B} named {N}.",
-    "Once there was a {A} {B} called {N}. {he} liked to play {P}.", "Long ago, a {A} {B} named {N} lived {P}.",
-    "Not far from here, {P}, lived a {B} named {N}.", "{N} the {B} was very {A}. {he} lived {P}.", "{N} was a {A} {B}.",
-    "One day, a {A} {B} named {N} woke up early.", "One day, a {B} named {N} was playing {P}.", "A {A} {B} named {N} lived {P}.",
-    "Two friends lived {P}. One of them was a {B} named {N}.", "Two children lived {P}. One of them was called {N}.",
-    "One morning, {N} woke up and looked out of the window.", "One morning, {N} the {B} woke up and ran outside.",
-    "It was a sunny day. {N} the {B} was playing {P}.", "Long ago, {P}, lived a {A} {B} named {N}.",
-    "One day, {N} the {B} went for a walk. {he} lived {P}.", "")
-STEMS = (                               # of sentences that fit in nearly anywhere
-    "The sun", "The sky", "A soft wind", "The birds", "{N} felt", "{N} was so", "{N} smiled", "{He} was", "{N} looked")
+# How a story begins: with who it is about, or with the day on which it happens. {N} is the hero, a {A} {B}, {O} a brother or sister.
+OPENINGS = """
+Once upon a time, there was a {A} {B} named {N}. {N} lived {P}.
+Once upon a time, {P}, there lived a {A} {B} named {N}.
+Once upon a time, there was a {A} {B} named {N}.
+Once upon a time, there was a {B} named {N}. {He} was very {A}.
+Once upon a time, {N} the {B} lived {P}.
+Once upon a time, there lived a {A} {B}. {His} name was {N}.
+Once upon a time, a {A} {B} lived {P}. {His} name was {N}.
+Once upon a time, in a land far away, there was a {A} {B} named {N}.
+Once upon a time, there were two {brothers} named {N} and {O}. {N} was the {A} one.
+Once upon a time, there was a {A} {B} who lived {P} with {his} mom. {His} name was {N}.
+There was once a {A} {B} named {N} who lived {P}.
+There once was a {B} called {N}. {He} was very {A}.
+There was a {B} named {N}. {He} lived {P}.
+There was a {A} {B} called {N}.
+There lived a {A} {B} {P}. {His} name was {N}.
+Once there was a {A} {B} called {N}. {He} liked to play {P}.
+Once, {P}, there was a {A} {B} named {N}.
+Long ago, a {A} {B} named {N} lived {P}.
+Long ago, {P}, lived a {A} {B} named {N}.
+Long, long ago, there was a {A} {B} named {N}.
+A long time ago, there was a {B} named {N}. {He} lived {P}.
+Many years ago, a {A} {B} named {N} lived {P}.
+Far, far away, {P}, lived a {A} {B} named {N}.
+Far away, {P}, there lived a {B} named {N}. {He} was very {A}.
+In a land far away, there was a {A} {B} named {N}.
+Not far from here, {P}, lived a {B} named {N}.
+In a small village, there lived a {A} {B} named {N}.
+In a big forest, there was a {A} {B} called {N}.
+In a little town by the sea, there lived a {B} named {N}.
+In the middle of a green forest lived {N}, a {A} {B}.
+Deep in the forest, there lived a {A} {B} named {N}.
+Behind seven hills, {P}, lived a {A} {B} named {N}.
+On a green hill, there was a little house. A {A} {B} named {N} lived there.
+At the end of the road, there was a small house. There lived {N}, a {A} {B}.
+By a blue lake, there lived a {B} named {N} who was very {A}.
+Near the big woods lived a {A} {B}. {His} name was {N}.
+High up on a hill lived a {A} {B} named {N}.
+Somewhere {P}, there lived a {A} {B} named {N}.
+Have you heard of {N}? {He} was a {A} {B} who lived {P}.
+Do you know {N} the {B}? {He} lived {P}, and {he} was very {A}.
+Let me tell you a story about {N}. {He} was a {A} {B}.
+I know a story about a {A} {B} named {N}.
+I will tell you about a {B} named {N}. {He} lived {P}.
+I once knew a {A} {B}. {His} name was {N}.
+This is the story of {N}, a {A} {B}.
+This is a story about a {B} named {N}. {He} was {A}, and {he} lived {P}.
+Here is a story about a {A} {B} named {N}.
+Listen, and I will tell you about {N}, a {A} {B}.
+My friend {N} was a {A} {B}. {He} lived {P}.
+Hello! This is a story about a {A} {B} named {N}.
+Hello! Do you want to hear a story about {N} the {B}? {He} lived {P}.
+Hello, children! Today I will tell you about a {A} {B} named {N}.
+"Hello! My name is {N}," said the {A} {B}. {N} lived {P}.
+"Hello," said a {A} {B}. "I am {N}." {He} lived {P}.
+Hi! Do you know {N}? {He} was a {A} {B}.
+"Who are you?" asked the old owl. "I am {N}," said the {A} {B}.
+{N} was a {A} {B} who lived {P}.
+{N} was a {A} {B}.
+{N} was a {B}. {He} was very {A}, and {he} lived {P}.
+{N} the {B} was very {A}. {He} lived {P}.
+{N} the {B} lived {P}.
+{N} lived {P}. {He} was a {A} {B}.
+{N} and {his} mom lived {P}. {N} was a {A} {B}.
+{N} liked to play {P}. {He} was a {A} {B}.
+A {A} {B} named {N} lived {P}.
+A {B} named {N} lived {P}. {He} was very {A}.
+The {A} {B} {N} lived {P}.
+The {B} {P} was called {N}. {He} was very {A}.
+Everyone {P} knew {N}, the {A} {B}.
+Everybody loved {N}. {He} was a {A} {B} who lived {P}.
+Two {brothers} lived {P}. They were called {N} and {O}. {N} was the {A} one.
+Two {brothers}, {N} and {O}, lived {P}. This is the story of {N}.
+Two little {brothers} lived with their mom {P}. One of them was called {N}.
+Two friends lived {P}. One of them was a {A} {B} named {N}.
+Two children lived {P}. One of them was called {N}.
+Three {brothers} lived {P}. The smallest one was called {N}.
+Mom had a {A} little {B}. {His} name was {N}.
+Mom and {N} lived {P}. {N} was a {A} {B}.
+""".strip().split("\n")
+DAYS = """
+One day, a {A} {B} named {N} woke up early.
+One day, a {B} named {N} was playing {P}.
+One day, a {B} was playing {P}. {His} name was {N}.
+One day, {N} the {B} went for a walk. {He} lived {P}.
+One day, there was a {A} {B} {P}. {His} name was {N}.
+One day, {N} and {his} {brother} {O} were playing {P}. {N} was a {A} {B}.
+One morning, {N} woke up and looked out of the window.
+One morning, {N} the {B} woke up and ran outside.
+One morning, a {A} {B} named {N} sat {P}.
+One sunny day, {N} the {B} was playing {P}.
+One sunny morning, a {A} {B} named {N} ran outside.
+It was a sunny day. {N} the {B} was playing {P}.
+It was a sunny day, and a {A} {B} named {N} was outside.
+It was a beautiful morning. {N}, a {A} {B}, woke up {P}.
+It was a nice day {P}. A {A} {B} named {N} was outside.
+It was early in the morning. {N} the {B} was already awake.
+The sun was shining. A {A} {B} named {N} was playing {P}.
+The sun came up {P}. {N} the {B} opened {his} eyes.
+The birds were singing. {N} the {B} woke up and smiled.
+On a sunny day, {N} the {B} was playing {P}.
+Early one morning, a {A} {B} named {N} woke up.
+Mom opened the door. "Good morning, {N}," she said to the {A} {B}.
+"Good morning, {N}!" said {his} mom. {N} was a {A} {B}.
+"Wake up, {N}!" called {his} mom. {N} was a {A} {B} who lived {P}.
+"Hello, {N}!" said the old owl. "Good morning," said {N}, the {A} {B}.
+"Mom, can I go out and play?" asked {N}. {He} was a {A} {B}. "Yes, {N}," said {his} mom.
+""".strip().split("\n")
 QUESTIONS = (
     "Tell me a story about a {B}.", "Can you tell me a story about a {B} named {N}?", "What happened to {N} the {B}?",
     "Please tell me a short story about a {A} {B}.", "Do you know a story about a {B} and a {C}?", "Tell me a story, please.")
-# A block a plot: "kind of THINGS: summary", then the parts of the story, a line each: wordings to choose from between " / ", and a ~
-# at the end where the model may add a sentence. {N} is the hero, {F} a friend (a {C}), {he} {his} {him} and {fhe} ... their pronouns.
+# A block a plot: "kind of THINGS: summary", then the parts of the story, a line each: wordings to choose from between " / ", of
+# which each goes with all of the next part. {F} is a friend (a {C}); {he} {his} {him}, {fhe} ... are the pronouns of {N} and {F}.
 PLOTS = [block.split("\n") for block in (Path(__file__).parent / "prompts/story_plots.txt").read_text().strip().split("\n\n")]
 
 
 class Plot(NamedTuple):
-    """What steers the sampling of one story."""
+    """One story to tell."""
     ask: str                            # for a model that takes instructions
     question: str                       # a short one, for the model that is to learn from the story
     opening: str                        # the story's beginning
-    stems: list                         # how the sentence begins that the model adds before each cue; "" leaves it free
-    cues: list                          # how the story goes on after each of them
-    names: set                          # who may have a name in it
-    strange: set                        # words that it must not hold: beings and pronouns that belong to nobody in it
+    parts: list                         # how it goes on: for each part its wordings, each with a space in front
 
 
-def plot(rng, own=1.0):
-    """One of prompts/story_plots.txt, filled in; a sentence by the model goes to `own` of the places that allow one (~)."""
-    head, *parts = rng.choice(PLOTS)
-    kind, summary = head.split(": ", 1)
+def cast(rng, kind="none"):
+    """Who and what a story is about, by the names that the templates have for it."""
     (he, name), (other, friend) = (rng.choice([("he", BOYS), ("she", GIRLS)]) for _ in range(2))
     being = lambda he: rng.choice(ANIMALS) if rng.random() < 0.7 else "boy" if he == "he" else "girl"
-    words = dict(N=rng.choice(name), F=rng.choice(friend), A=rng.choice(TRAITS), B=being(he), C=being(other),
-                 P=rng.choice(PLACES), T=rng.choice(THINGS.get(kind, "").split(", ")))
-    while words["F"] == words["N"] or words["B"] == words["C"]:
-        words |= dict(F=rng.choice(friend), C=rng.choice(ANIMALS))
+    N, F, O = rng.choice(name), rng.choice(friend), rng.choice(name)
+    while len({N, F, O}) < 3:
+        F, O = rng.choice(friend), rng.choice(name)
+    words = dict(N=N, F=F, O=O, A=rng.choice(TRAITS), B=being(he), C=being(other), P=rng.choice(PLACES),
+                 T=rng.choice(THINGS.get(kind, "").split(", ")), brother="brother" if he == "he" else "sister")
+    while words["B"] == words["C"]:
+        words["C"] = rng.choice(ANIMALS)
+    words["brothers"] = words["brother"] + "s"
     for key, who in ("", he), ("f", other):
         for form, female in ("he", "she"), ("his", "her"), ("him", "her"), ("himself", "herself"):
             word = form if who == "he" else female
             words |= {key + form: word, key + form.capitalize(): word.capitalize()}
+    return words
 
-    def fill(text):
-        text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text.format(**words))
-        return re.sub(r"(^|[.!?] \"?)([a-z])", lambda found: found[1] + found[2].upper(), text)
-    opening, cues, stems = rng.choice(OPENINGS), [""], []
-    for i, part in enumerate(parts):
-        choices = part.removesuffix(" ~").split(" / ")
-        if i == 0 and not opening:                                          # then this part must say who it is about
-            choices = [text for text in choices if "{N}" in text] or ["Once upon a time, there was a {A} {B} named {N}. " + choices[0]]
-        text = rng.choice(choices)
-        if i == 0 and opening.startswith("One "):
-            text = re.sub("^One [a-z ]+, ", "", text)
-        cues[-1] += " " + fill(text)
-        if part.endswith("~") and rng.random() < own or len(cues) == 1 and i == len(parts) - 2:
-            stems.append(" " + fill(rng.choice(STEMS)) if rng.random() < 0.6 else "")
-            cues.append("")
-    opening = (fill(opening) + cues[0]).strip()
-    used = set(re.findall(r"[a-z]+", " ".join([opening, *cues]).lower()))
+
+def fill(text, words):
+    text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text.format(**words))
+    return re.sub(r"(^|[.!?] \"?)([a-z])", lambda found: found[1] + found[2].upper(), text)
+
+
+def opening(rng, words=None):
+    """The first sentences of a story."""
+    return fill(rng.choice(OPENINGS + DAYS), words or cast(rng))
+
+
+def plot(rng):
+    """One of prompts/story_plots.txt, filled in."""
+    (head, *lines), begin = rng.choice(PLOTS), rng.choice(OPENINGS + DAYS)
+    kind, summary = head.split(": ", 1)
+    words = cast(rng, kind)
+    parts = [line.split(" / ") for line in lines]
+    if begin in DAYS:                                                       # then the plot can't begin with "One day", too
+        turns = (r"^(One day|One morning), ", ""), (r"^One \w*\b ?(night), ", r"That \1, "), (r"^One [a-z]+ (\w+), ", r"The next \1, ")
+        for pattern, instead in turns:
+            parts[0] = [re.sub(pattern, instead, wording) for wording in parts[0]]
     return Plot(fill("Write a story for young children about a {A} {B} named {N}. In the story, " + summary +
-                     ". Use short sentences and simple words."),
-                fill(rng.choice(QUESTIONS)), opening, stems, cues[1:], {words["N"], words["F"]}, STRANGE - used)
+                     ". Use short sentences and simple words.", words), fill(rng.choice(QUESTIONS), words), fill(begin, words),
+                [[" " + fill(wording, words) for wording in part] for part in parts])
 
 
 # ---- What users ask

@@ -1077,7 +1077,7 @@ def test_forty_prompts_on_the_gpu(target, draft, temperature):
     models = [Llama.load(ROOT / name, DEVICE, torch.bfloat16) for name in (target, draft)]
     tokenizer, sampling = Tokenizer.from_folder(ROOT / target), Sampling(temperature, seed=7)
     if target == "weights/target":
-        prompts = [tokenizer.prompt(templates.plot(random.Random(i))[2]) for i in range(40)]
+        prompts = [tokenizer.prompt(templates.opening(random.Random(i))) for i in range(40)]
     else:
         files = (ROOT / "prompts" / name for name in ("humaneval20_gsm8k20_mtbench20.jsonl", "humaneval7_gsm8k7_mtbench6.jsonl"))
         lines = next(path for path in files if path.exists()).read_text().splitlines()

@@ -52,17 +52,12 @@ def attend_ref(qkv, at, freqs, k, v):
     return F.scaled_dot_product_attention(q.reshape(B, KV, -1, D), k, v, attn_mask=seen[:, None, None]).flatten(1)
 
 
-def choose_ref(logits, text, row, at, temperature, min_p, penalty, seed):
+def choose_ref(logits, row, at, temperature, min_p, seed):
     """The next token of each text, [B] int64, by Gumbel noise that depends on (seed, row, position, token) alone.
 
-    logits [B, V], changed in place; text [R, S] int32; row, at [B] int64: the batch's texts and the positions they have
-    reached; temperature [R] float32, 0: the best token. Tokens less likely than min_p times the likeliest are left out.
-    penalty: subtracted from the logits of tokens that a text holds already.
+    logits [B, V]; row, at [B] int64: the batch's texts and the positions they have reached; temperature [R] float32 of all
+    texts, 0: the best token. Tokens less likely than min_p times the likeliest are left out.
     """
-    if penalty:
-        where = torch.arange(text.shape[1], device=at.device)
-        held = text[row].gather(1, torch.minimum(where, at[:, None])).long()        # [B, S], the last one repeated
-        logits.scatter_(1, held, logits.gather(1, held) - penalty)
     T = temperature[row, None]
     scores = logits.float() / torch.where(T > 0, T, 1.0)
     if min_p:
@@ -136,18 +131,11 @@ def attend_kernel(qkv_ptr, at_ptr, freq_ptr, k_ptr, v_ptr, y_ptr, scale, C, KV: 
 
 
 @triton.jit
-def choose_kernel(logits_ptr, text_ptr, row_ptr, at_ptr, temperature_ptr, token_ptr, log_min_p, penalty, seed, stream,
-                  V, S: tl.constexpr, HELD: tl.constexpr, BLOCK: tl.constexpr, PENALTY: tl.constexpr):
+def choose_kernel(logits_ptr, row_ptr, at_ptr, temperature_ptr, token_ptr, log_min_p, seed, stream, V, BLOCK: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     row, at = tl.load(row_ptr + b), tl.load(at_ptr + b)
     T = tl.load(temperature_ptr + row)
     line = logits_ptr + b * V
-    if PENALTY:                             # a token held twice is read twice before it is written: no matter
-        held = line + tl.load(text_ptr + row * S + tl.minimum(tl.arange(0, HELD), at))
-        less = tl.load(held).to(tl.float32) - penalty
-        tl.debug_barrier()
-        tl.store(held, less)
-        tl.debug_barrier()
     i = tl.arange(0, BLOCK)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, V, BLOCK):
@@ -193,12 +181,11 @@ def attend(qkv, at, freqs, k, v):
     return y
 
 
-def choose(logits, text, row, at, temperature, min_p, penalty, seed):
+def choose(logits, row, at, temperature, min_p, seed):
     """As choose_ref."""
     token = torch.empty_like(row)
-    choose_kernel[(len(row),)](
-        logits, text, row, at, temperature, token, math.log(min_p) if min_p else -math.inf, penalty, seed, TARGET,
-        logits.shape[1], text.shape[1], triton.next_power_of_2(text.shape[1]), TOKENS, penalty > 0, num_warps=8)
+    choose_kernel[(len(row),)](logits, row, at, temperature, token, math.log(min_p) if min_p else -math.inf, seed, TARGET,
+                               logits.shape[1], TOKENS, num_warps=8)
     return token
 
 

@@ -52,7 +52,7 @@ def load(name, args):
     models, tokenizer = [Llama.load(folder, args.device, args.dtype) for folder in folders], Tokenizer.from_folder(folders[0])
     if name == "embedded":
         worse(models[1])
-        prompts = [tokenizer.prompt(templates.plot(random.Random(i))[2]) for i in range(args.prompts)]
+        prompts = [tokenizer.prompt(templates.opening(random.Random(i))) for i in range(args.prompts)]
     else:
         path = next(path for path in (ROOT / "prompts" / file for file in PROMPTS) if path.exists())
         lines = path.read_text(encoding="utf-8").splitlines()

@@ -23,9 +23,11 @@ OVER = -1               # where an edge goes at the end of a text, in what `lay_
 
 
 def lay_out(texts):
-    """texts: for each its parts, for each its wordings, as token ids. Returns arrays (token, goes, fan, start, longest): of each edge
-    its token, the state it leads to and, at a state's first edge, how many the state has (else 0); of each text its first state
-    and the length of its longest wording. Plain arrays, since processes hand them over fast."""
+    """texts: for each its parts, for each its wordings, as token ids. Returns arrays (token, goes, fan, start, longest).
+
+    Of each edge its token, the state that it leads to and, at a state's first edge, how many edges the state has; of each text its
+    first state and its greatest length. Plain arrays, since processes hand them over fast.
+    """
     token, goes, fan, start, longest = array("i"), array("i"), array("B"), array("i"), array("i")
 
     def lay(wordings, end):
@@ -44,7 +46,7 @@ def lay_out(texts):
         goes.extend([end] * len(branches))
         fan.extend([len(branches), *[0] * (len(branches) - 1)])
         for edge, rests in enumerate(branches.values(), state):
-            if rests := [rest for rest in rests if rest]:                   # a wording that begins another one can't be told
+            if rests := [rest for rest in rests if rest]:                   # one that begins another wording can't be told
                 goes[edge] = lay(rests, end)
         return state
     for parts in texts:
@@ -61,9 +63,9 @@ class Grammar:
 
     def __init__(self, laid_out, device="cpu"):
         """laid_out: what `lay_out` returned for the first texts, for those that follow, ..."""
-        token, goes, fan, start, longest = ([torch.frombuffer(x, dtype=torch.uint8 if x.itemsize == 1 else torch.int32) for x in column]
-                                            for column in zip(*laid_out))
-        shift = [1, *itertools.accumulate(map(len, token), initial=1)][1:]  # edge 0: a text that is over stays there
+        tensors = lambda arrays: [torch.frombuffer(x, dtype=torch.uint8 if x.typecode == "B" else torch.int32) for x in arrays]
+        token, goes, fan, start, longest = map(tensors, zip(*laid_out))
+        shift = [*itertools.accumulate(map(len, token), initial=1)]         # edge 0: a text that is over stays there
         moved = lambda xs: [torch.where(x == OVER, 0, x + n) for x, n in zip(xs, shift)]
         zero = torch.zeros(1, dtype=torch.int32)
         self.token, self.goes = torch.cat([zero, *token]).to(device), torch.cat([zero, *moved(goes)]).to(device)
@@ -81,8 +83,8 @@ class Grammar:
     def choose(self, hidden, head, row, at, temperature, seed):
         """The next token of each text, as kernels.rows.choose, but along the grammar; changes nothing.
 
-        hidden [B, dim], head [V, dim]: only the logits that count are computed. row, at [B]; temperature [P + 1]. Returns token [B],
-        the state behind it [B] (0: the text is over), and for the sums [B, 3]: 1, was there a choice, its entropy in nats.
+        hidden [B, dim], head [V, dim]: only the logits that count are computed. row, at [B]; temperature [P + 1]. Returns token
+        [B], the state behind it [B] (0: the text is over) and, for the sums [B, 3]: 1, was there a choice, its entropy in nats.
         """
         state = self.state[row]
         edges = (state[:, None] + self.branches).clamp(max=len(self.token) - 1)             # [B, W]
@@ -102,6 +104,7 @@ class Grammar:
         self.sums += torch.where((active & (row < len(self.state) - 1))[:, None], told, 0.0).sum(0)
 
     def report(self):
+        """What the texts were made of, in words."""
         tokens, choices, nats = self.sums.tolist()
         return (f"{tokens:,.0f} tokens sampled, {choices / max(1, tokens):.1%} of them where the grammar left a choice, of "
                 f"{nats / max(1, choices):.2f} nats on average")

@@ -43,17 +43,16 @@ TEMPERATURE = 1.5               # where the grammar leaves a choice, so that Smo
 
 
 def list_plots(folder, seed, count, part):
-    """`count` plots as (prompt tokens, length of the instruction before the story, question, opening), and their grammars."""
+    """`count` plots as (prompt tokens, length of the instruction before the story, question), and their grammars."""
     rng, tokenizer, found = random.Random(f"{seed} {part}"), Tokenizer.from_folder(folder), []
 
     def grammars():
         for _ in range(count):
             plot = templates.plot(rng)
             head = tokenizer.chat([{"role": "user", "content": plot.ask}])
-            found.append((head + tokenizer.encode(plot.opening), len(head), plot.question, plot.opening))
+            found.append((head + tokenizer.encode(plot.opening), len(head), plot.question))
             yield [[tokenizer.encode(wording) for wording in wordings] for wordings in plot.parts]
-    laid_out = lay_out(grammars())
-    return found, laid_out
+    return found, lay_out(grammars())
 
 
 def decode_all(folder, rows):
@@ -65,11 +64,12 @@ def stories(args):
     """Sample the texts. SmolLM2 is told what the story is about; its tokens are those that the plot's grammar allows."""
     count, parts = args.count or (48 if args.toy else 150_000), 16
     with multiprocessing.Pool() as pool:                                    # forked while there is no CUDA here yet
-        found, laid_out = zip(*pool.map(functools.partial(list_plots, args.smollm2, args.seed, count // parts), range(parts)))
-        prompts, heads, questions, openings = zip(*itertools.chain.from_iterable(found))
+        plots = functools.partial(list_plots, args.smollm2, args.seed, count // parts)
+        found, laid_out = zip(*pool.map(plots, range(parts)))
+        prompts, heads, questions = zip(*itertools.chain.from_iterable(found))
         smollm2, grammar = load_model(args.smollm2, args.device), Grammar(laid_out, args.device)
-        rows = sample_continuations(smollm2, prompts, grammar.longest, TEMPERATURE, seed=args.seed, grammar=grammar, batch=args.batch,
-                                    minutes=args.minutes, name="stories")
+        rows = sample_continuations(smollm2, prompts, grammar.longest, TEMPERATURE, seed=args.seed, grammar=grammar,
+                                    batch=args.batch, minutes=args.minutes, name="stories")
         print(grammar.report())
         done = (rows.end > rows.start).nonzero()[:, 0].tolist()
         tokens, end = rows.tokens.numpy(), rows.end.tolist()
@@ -100,11 +100,12 @@ def text(args):
     lines = [json.loads(line) for line in open(args.work / "stories.jsonl", encoding="utf-8")]
     kept = {line["text"]: line["question"] for line in lines}
     kept = {story: question for story, question in kept.items() if PLAIN.fullmatch(story) and not REFUSAL.search(story)}
-    documents = [f"Question: {question}\nAnswer: {story}" if i % 8 == 7 else story for i, (story, question) in enumerate(kept.items())]
+    documents = [f"Question: {question}\nAnswer: {story}" if i % 8 == 7 else story
+                 for i, (story, question) in enumerate(kept.items())]
+    random.Random(args.seed).shuffle(documents)
+    save_tokenizer(documents[:1 + MERGE_SAMPLE // 600], VOCABULARY, args.work / "text")
+    chunks = [documents[i:i + 2000] for i in range(0, len(documents), 2000)]
     with multiprocessing.Pool() as pool:
-        random.Random(args.seed).shuffle(documents)
-        save_tokenizer(documents[:1 + MERGE_SAMPLE // 600], VOCABULARY, args.work / "text")
-        chunks = [documents[i:i + 2000] for i in range(0, len(documents), 2000)]
         parts = pool.map(functools.partial(encode_all, args.work / "text"), chunks, chunksize=1)
         tokens = torch.cat([torch.frombuffer(part, dtype=torch.int32) for part in parts])
     cut = int((0.9 if args.toy else 0.99) * len(tokens))

@@ -1,6 +1,6 @@
 """
 The seeds of make_weights.py: openings and plots of stories, and beginnings of what users ask. Words and templates, combined at
-random, all written for this; SmolLM2 tells the stories along the plots, and writes what users ask. Nothing is taken from a data set.
+random, all written for this; SmolLM2 tells the stories along the plots, and writes what users ask. No data set was used.
 """
 import re
 from pathlib import Path
@@ -38,7 +38,8 @@ THINGS = {
     "built": "tower of blocks, sand castle, little house of sticks, castle of blocks, stone tower, toy village, fort",
     "sweets": "cookies, candies, chocolate cookies, honey cookies, lemon drops, little cakes",
     "newfood": "pumpkin soup, spinach, tomato soup, broccoli, rice pudding, onion soup, mushroom soup, vegetable stew"}
-# How a story begins: with who it is about, or with the day on which it happens. {N} is the hero, a {A} {B}, {O} a brother or sister.
+# How a story begins: with whom it is about, or with the day on which it happens. {N} is the hero, a {A} {B}; {O} is a brother
+# or sister, {brothers}; {he} {his} {him} are the hero's pronouns.
 OPENINGS = """
 Once upon a time, there was a {A} {B} named {N}. {N} lived {P}.
 Once upon a time, {P}, there lived a {A} {B} named {N}.
@@ -151,7 +152,7 @@ QUESTIONS = (
     "Tell me a story about a {B}.", "Can you tell me a story about a {B} named {N}?", "What happened to {N} the {B}?",
     "Please tell me a short story about a {A} {B}.", "Do you know a story about a {B} and a {C}?", "Tell me a story, please.")
 # A block a plot: "kind of THINGS: summary", then the parts of the story, a line each: wordings to choose from between " / ", of
-# which each goes with all of the next part. {F} is a friend (a {C}); {he} {his} {him}, {fhe} ... are the pronouns of {N} and {F}.
+# which each goes with all of the next part. {F} is a friend, a {C}, with the pronouns {fhe} {fhis} {fhim}; {T} is the thing.
 PLOTS = [block.split("\n") for block in (Path(__file__).parent / "prompts/story_plots.txt").read_text().strip().split("\n\n")]
 
 
@@ -199,9 +200,8 @@ def plot(rng):
     words = cast(rng, kind)
     parts = [line.split(" / ") for line in lines]
     if begin in DAYS:                                                       # then the plot can't begin with "One day", too
-        turns = (r"^(One day|One morning), ", ""), (r"^One \w*\b ?(night), ", r"That \1, "), (r"^One [a-z]+ (\w+), ", r"The next \1, ")
-        for pattern, instead in turns:
-            parts[0] = [re.sub(pattern, instead, wording) for wording in parts[0]]
+        for pattern, instead in ("One day, ", ""), ("One night, ", "That night, "), (r"One (?:\w+ )?(\w+), ", r"The next \1, "):
+            parts[0] = [re.sub("^" + pattern, instead, wording) for wording in parts[0]]
     return Plot(fill("Write a story for young children about a {A} {B} named {N}. In the story, " + summary +
                      ". Use short sentences and simple words.", words), fill(rng.choice(QUESTIONS), words), fill(begin, words),
                 [[" " + fill(wording, words) for wording in part] for part in parts])

@@ -1,5 +1,7 @@
 """distill.py and the recipe of weights/, at toy size on the CPU: python -m pytest test_distill.py"""
+import itertools
 import json
+import math
 import os
 import random
 import re
@@ -21,6 +23,7 @@ import distill
 import make_weights
 import templates
 from errors import UserError, exit_on_user_error
+from grammar import Grammar, lay_out
 from model import KVCache, Llama, LlamaConfig
 from tokenizer import Tokenizer
 
@@ -37,13 +40,13 @@ def folder(tmp_path_factory):
     target.norm.mul_(0.5)
     target.save(folder)
     rng = random.Random(0)
-    bpe.save_tokenizer([" ".join(templates.plot(rng)[2:3]) for _ in range(200)], CONFIG.vocab_size, folder)
+    bpe.save_tokenizer([templates.opening(rng) for _ in range(200)], CONFIG.vocab_size, folder)
     return folder
 
 
 def openings(path, count, seed=0):
     rng = random.Random(seed)
-    make_weights.write_prompts(path, [templates.plot(rng)[2] for _ in range(count)])
+    make_weights.write_prompts(path, [templates.opening(rng) for _ in range(count)])
     return str(path)
 
 
@@ -81,7 +84,7 @@ def test_time_box_leaves_whole_texts(folder):
 
 def test_what_fails_on_the_device_is_done_in_a_slower_way(folder, monkeypatch, capsys):
     model, prompts = Llama.load(folder), [[7, i] for i in range(10)]
-    want = bulk.sample_continuations(model, prompts, 12, [0.0, 0.9], penalty=0.2, batch=4)
+    want = bulk.sample_continuations(model, prompts, 12, [0.0, 0.9], batch=4)
     make = bulk.Slots.__init__
 
     def on_a_device(self, *args):
@@ -90,7 +93,7 @@ def test_what_fails_on_the_device_is_done_in_a_slower_way(folder, monkeypatch, c
         self.graphs.stream = None
     monkeypatch.setattr(bulk.Slots, "__init__", on_a_device)
     monkeypatch.setattr(bulk.rows, "TRITON", bulk.rows.TORCH._replace(choose=None))
-    got = bulk.sample_continuations(model, prompts, 12, [0.0, 0.9], penalty=0.2, batch=4)
+    got = bulk.sample_continuations(model, prompts, 12, [0.0, 0.9], batch=4)
     assert torch.equal(got.tokens, want.tokens)
     err = capsys.readouterr().err
     assert "without the CUDA graph" in err and "without the Triton kernels" in err
@@ -113,49 +116,138 @@ def test_sampling_follows_the_distribution_and_the_seed(folder, monkeypatch):
     assert torch.equal(one_by_one.tokens, rows.tokens[:50])                 # a row's noise is its own
 
 
-def test_plots_put_their_cues_where_sentences_end(folder):
-    model, tokenizer = Llama.load(folder), Tokenizer.from_folder(folder)
-    texts = [[" Then Tom came.", " In the end,", " they slept."], [" All was well."]] * 3
-    cues = [[tokenizer.encode(text) for text in row] for row in texts]
-    steer = make_weights.Plots(cues, tokenizer)
-    steer.sentence_end[::2], steer.quotes[:] = True, 0                      # a random model seldom ends a sentence
-    rows = bulk.sample_continuations(model, [tokenizer.encode("One day, Max")] * 6, 90, 1.0, seed=2, steer=steer)
-    lengths = set()
-    for row, start, end, parts in zip(*rows, cues):
-        text, last = row[start:end].tolist(), 0
-        assert len(text) < 90 and text[-len(parts[-1]):] == parts[-1]       # the text ends with its last cue
-        for cue in parts:                                                   # in order, each behind one sentence
-            at = next(i for i in range(last, len(text)) if text[i:i + len(cue)] == cue)
-            assert steer.sentence_end[text[at - 1]] and not steer.sentence_end[text[last:at - 1]].any()
-            last = at + len(cue)
-            lengths.add(at)
-    assert len(lengths) > 6
+# A part's wordings share beginnings: " 10 11" and " 10 12"; texts of one part, of one wording; as many as there are prompts
+PARTS = [[[[10, 11, 12], [10, 13], [14]], [[20, 21], [20, 22, 23, 24], [25, 26]], [[30], [31], [32, 33]]],
+         [[[10, 11, 12, 13], [10, 11, 12, 14], [40, 41], [42, 41]]], [[[50, 51, 52]], [[53], [54, 55]]]]
 
 
-def test_only_sentences_that_fit_stay_in_a_story():
-    story = dict(opening="Once, Max had a kite.", stems=[" The sun", "", "", ""], names=["Max", "Ivy"], strange=["fox", "she"],
-                 cues=[" Then the kite was gone.", " Ivy came.", " They found it.", " They were happy."])
-    tell = lambda *added: make_weights.clean(dict(story, text=story["opening"] + "".join(
-        part + cue for part, cue in zip(added, story["cues"]))))
-    plot = story["opening"] + "".join(story["cues"])
-    assert tell("", "", "", "") == (plot, 0)
-    for wrong in " A fox came.", " She cried.", " Max had a spoon.", " Then Tim came.", ' "Hi," said Max.', " It cost 5 cents.", " Max was happy.":
-        assert tell("", wrong, "", "") == (plot, 0), wrong
-    text, own = tell("", " Max was sad.", "\nMax ran to\tIvy.", "")
-    assert text == plot.replace(" Ivy came.", " Max was sad. Ivy came. Max ran to Ivy.") and own == 29
-    assert make_weights.clean(dict(story, text=story["opening"] + " Then the kite was gone. Ivy")) is None
+def paths(parts):
+    """All that a grammar allows."""
+    return {tuple(itertools.chain.from_iterable(way)) for way in itertools.product(*parts)}
 
 
-def test_every_plot_can_be_told():
-    rng = random.Random(5)
-    for kind in templates.PLOTS:
-        assert kind[0].split(":")[0] in {*templates.THINGS, "none"} and len(kind) > 6, kind[0]
-    for _ in range(3000):
+def tell(model, count=600, temperature=1.0, batch=64, **more):
+    """`count` texts along PARTS, in turn, laid out in two pieces. Returns (tokens behind the prompt, prompt) of each, the grammar."""
+    texts = [PARTS[i % 3] for i in range(count)]
+    grammar = Grammar([lay_out(texts[:count // 3]), lay_out(texts[count // 3:])])
+    prompts = [[7, *[5] * (i % 5 + 1)] for i in range(count)]
+    rows = bulk.sample_continuations(model, prompts, grammar.longest, temperature, grammar=grammar, batch=batch, **more)
+    return [tuple(row[start:end].tolist()) for row, start, end in zip(*rows)], grammar
+
+
+def test_a_text_is_a_path_of_its_grammar_and_all_paths_are_found(folder):
+    model = Llama.load(folder)
+    texts, grammar = tell(model, 3000, 50.0, batch=500)                     # so hot that it chooses nearly evenly
+    for i, parts in enumerate(PARTS):
+        assert set(texts[i::3]) == paths(parts)
+    tokens, choices, _ = grammar.sums.tolist()
+    assert grammar.longest == 9 and tokens == sum(map(len, texts))
+    # of the last grammar's texts each had one choice; the second one's two where it began with 10, else one
+    first = sum(3 + (text[0] == 10) + (20 in text) for text in texts[::3])
+    assert choices == first + sum(1 + (text[0] == 10) for text in texts[1::3]) + 1000
+    assert "tokens sampled" in grammar.report()
+
+
+def test_what_a_text_becomes_is_the_models_choice_and_not_the_batchs(folder):
+    model = Llama.load(folder)
+    texts, grammar = tell(model)
+    assert tell(model, batch=7)[0] == texts and tell(model, seed=1)[0] != texts
+    assert tell(model, temperature=0.0)[0] != texts
+    # The share of a wording is the model's probability of its tokens, among those that are allowed
+    logits = F.linear(bulk.dense_hidden(model, torch.tensor([[7, 5]]))[0, -1], model.head)[[10, 40, 42]]
+    many, _ = tell(model, 30_000, 0.7, batch=3000)
+    firsts = torch.tensor([text[0] for text in many[10::15]])               # second grammar, prompt [7, 5]
+    got = torch.stack([(firsts == token).float().mean() for token in (10, 40, 42)])
+    torch.testing.assert_close(got, F.softmax(logits / 0.7, 0), rtol=0, atol=0.04)
+    assert got.max() > 0.5                                                  # not an even choice
+    # ... and the greedy text follows its logits step by step
+    for i, text in enumerate(tell(model, 30, 0.0)[0]):
+        before, allowed = [7, *[5] * (i % 5 + 1)], paths(PARTS[i % 3])
+        for n, token in enumerate(text):
+            options = sorted({path[n] for path in allowed if path[:n] == text[:n] and len(path) > n})
+            logits = F.linear(bulk.dense_hidden(model, torch.tensor([before]))[0, -1], model.head)[options]
+            assert token == options[logits.argmax()]
+            before.append(token)
+
+
+def test_a_grammars_entropy_is_that_of_the_choices(folder):
+    model = Llama.load(folder)
+    model.embed.zero_()                                                     # all tokens are as likely
+    texts, grammar = tell(model, 300)
+    nats = sum(math.log(3) * 3 + math.log(2) * ((text[0] == 10) + (20 in text)) for text in texts[::3])
+    nats += sum(math.log(3) + math.log(2) * (text[0] == 10) for text in texts[1::3]) + 100 * math.log(2)
+    assert abs(grammar.sums[2].item() / nats - 1) < 1e-5
+
+
+def test_what_fails_on_the_way_of_a_grammar_can_be_stepped_again(folder, monkeypatch, capsys):
+    model, make, calls = Llama.load(folder), bulk.Slots.__init__, []
+    want, _ = tell(model, 60)
+
+    def on_a_device(self, *args):
+        make(self, *args)
+        self.ops = bulk.rows.TORCH._replace(attend=failing)
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 15:                                                # in the middle of a step, K and V half written
+            raise RuntimeError("out of luck")
+        return bulk.rows.TORCH.attend(*args)
+    monkeypatch.setattr(bulk.Slots, "__init__", on_a_device)
+    got, grammar = tell(model, 60)
+    assert got == want and grammar.sums[0] == sum(map(len, want)) and "out of luck" in capsys.readouterr().err
+
+
+def test_every_plot_can_be_told(folder):
+    rng, tokenizer, seen = random.Random(5), Tokenizer.from_folder(folder), set()
+    assert len(templates.PLOTS) == 36 and len(templates.OPENINGS + templates.DAYS) > 90
+    for head, *parts in templates.PLOTS:
+        assert head.split(":")[0] in {*templates.THINGS, "none"} and len(parts) > 6, head
+        assert all(len(set(part.split(" / "))) >= 3 for part in parts), head
+    for _ in range(2000):
         plot = templates.plot(rng)
-        text = plot.opening + "".join(plot.cues)
-        assert len(plot.stems) == len(plot.cues) > 0 and not set("{}~/") & set(text + plot.ask + plot.question)
-        assert text.count('"') % 2 == 0 and not plot.strange & make_weights.words_of(text), text
-        assert not re.search(r"\ba [aeiou]|\ban [^aeiou]|[.!?] [a-z]|  ", text), text
+        assert not set("{}~/") & set(plot.ask + plot.question) and make_weights.PLAIN.fullmatch(plot.opening), plot.opening
+        for part in plot.parts:
+            assert len(set(part)) >= 3
+            encoded = [tokenizer.encode(wording) for wording in part]
+            assert not any(a != b and b[:len(a)] == a for a in encoded for b in encoded), part      # the trie would lose a
+        for i in range(max(map(len, plot.parts))):                          # each wording is told once, at least
+            text = plot.opening + "".join(part[i % len(part)] for part in plot.parts)
+            assert make_weights.PLAIN.fullmatch(text) and text.count('"') % 2 == 0, text
+            assert not re.search(r"\ba [aeiou]|\ban [^aeiou]|[.!?] [a-z]|  ", text), text
+        seen.add(plot.opening.split()[0].strip('",!'))
+        assert not (plot.opening.startswith("One ") and any(wording.startswith(" One ") for wording in plot.parts[0]))
+    assert {"Once", "One", "Two", "Long", "Far", "Mom", "Hello", "There", "It", "In"} <= seen
+
+
+def test_stories_are_told_and_cleaned(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Tokenizer, "chat", lambda self, messages: self.encode(messages[0]["content"]))      # of a base model
+    monkeypatch.setattr(make_weights, "VOCABULARY", 400)
+    config = replace(CONFIG, max_context=2048)
+    shutil.copytree(folder, tmp_path / "model")
+    Llama.random(config, seed=1).save(tmp_path / "model")
+    command = ["--toy", "--smollm2", str(tmp_path / "model"), "--work", str(tmp_path), "--device", "cpu"]
+    make_weights.main(["stories", *command])
+    assert re.search(r"tokens sampled, [\d.]+% of them where the grammar left a choice, of [\d.]+ nats", capsys.readouterr().out)
+    path = tmp_path / "stories.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    plots = []
+    for part in range(16):
+        rng = random.Random(f"0 {part}")
+        plots += [templates.plot(rng) for _ in range(3)]
+    assert len(lines) == len(plots) == 48
+    for line, plot in zip(lines, plots):
+        rest = line["text"].removeprefix(plot.opening)
+        for part in plot.parts:
+            rest = rest.removeprefix(next(wording for wording in part if rest.startswith(wording)))
+        assert rest == "" and line["question"] == plot.question
+    bad = [dict(line, text=text) for line, text in zip(lines, ["I'm sorry. I am a language model.", "A **bold** fox ran.", "A fox ran"])]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines + lines[:4] + bad))
+    make_weights.main(["text", *command])
+    assert "55 texts, 48 kept" in capsys.readouterr().out
+    streams, tokenizer = load_file(tmp_path / "text" / "tokens.safetensors"), Tokenizer.from_folder(tmp_path / "text")
+    documents = tokenizer.decode(torch.cat([streams["train"], streams["validation"]]).tolist()).split("<|endoftext|>")
+    told = "\n".join(documents)
+    assert told.count("Question: ") == 6 and all(line["text"] in told for line in lines)
 
 
 @pytest.mark.parametrize("n", [None, 40])

@@ -116,9 +116,9 @@ def test_sampling_follows_the_distribution_and_the_seed(folder, monkeypatch):
     assert torch.equal(one_by_one.tokens, rows.tokens[:50])                 # a row's noise is its own
 
 
-# A part's wordings share beginnings: " 10 11" and " 10 12"; texts of one part, of one wording; as many as there are prompts
+# Three grammars: parts, their wordings, tokens. Some wordings begin alike, some end alike, some parts have but one.
 PARTS = [[[[10, 11, 12], [10, 13], [14]], [[20, 21], [20, 22, 23, 24], [25, 26]], [[30], [31], [32, 33]]],
-         [[[10, 11, 12, 13], [10, 11, 12, 14], [40, 41], [42, 41]]], [[[50, 51, 52]], [[53], [54, 55]]]]
+         [[[10, 11, 12, 13], [10, 11, 12, 14], [40, 41], [42, 41]]], [[[50, 51, 52]], [[53], [54]], [[53], [54]]]]
 
 
 def paths(parts):
@@ -130,6 +130,7 @@ def tell(model, count=600, temperature=1.0, batch=64, **more):
     """`count` texts along PARTS, in turn, laid out in two pieces. Returns (tokens behind the prompt, prompt) of each, the grammar."""
     texts = [PARTS[i % 3] for i in range(count)]
     grammar = Grammar([lay_out(texts[:count // 3]), lay_out(texts[count // 3:])])
+    grammar.state.zero_()                                                   # as another sampling would leave it
     prompts = [[7, *[5] * (i % 5 + 1)] for i in range(count)]
     rows = bulk.sample_continuations(model, prompts, grammar.longest, temperature, grammar=grammar, batch=batch, **more)
     return [tuple(row[start:end].tolist()) for row, start, end in zip(*rows)], grammar
@@ -142,9 +143,8 @@ def test_a_text_is_a_path_of_its_grammar_and_all_paths_are_found(folder):
         assert set(texts[i::3]) == paths(parts)
     tokens, choices, _ = grammar.sums.tolist()
     assert grammar.longest == 9 and tokens == sum(map(len, texts))
-    # of the last grammar's texts each had one choice; the second one's two where it began with 10, else one
-    first = sum(3 + (text[0] == 10) + (20 in text) for text in texts[::3])
-    assert choices == first + sum(1 + (text[0] == 10) for text in texts[1::3]) + 1000
+    a, b = (sum((text[0] == 10) + (20 in text) for text in texts[i::3]) for i in (0, 1))        # where wordings begin alike
+    assert choices == 3 * 1000 + a + 1000 + b + 2 * 1000
     assert "tokens sampled" in grammar.report()
 
 
@@ -155,10 +155,10 @@ def test_what_a_text_becomes_is_the_models_choice_and_not_the_batchs(folder):
     assert tell(model, temperature=0.0)[0] != texts
     # The share of a wording is the model's probability of its tokens, among those that are allowed
     logits = F.linear(bulk.dense_hidden(model, torch.tensor([[7, 5]]))[0, -1], model.head)[[10, 40, 42]]
-    many, _ = tell(model, 30_000, 0.7, batch=3000)
+    many, _ = tell(model, 30_000, 0.3, batch=3000)
     firsts = torch.tensor([text[0] for text in many[10::15]])               # second grammar, prompt [7, 5]
     got = torch.stack([(firsts == token).float().mean() for token in (10, 40, 42)])
-    torch.testing.assert_close(got, F.softmax(logits / 0.7, 0), rtol=0, atol=0.04)
+    torch.testing.assert_close(got, F.softmax(logits / 0.3, 0), rtol=0, atol=0.04)
     assert got.max() > 0.5                                                  # not an even choice
     # ... and the greedy text follows its logits step by step
     for i, text in enumerate(tell(model, 30, 0.0)[0]):
@@ -174,8 +174,8 @@ def test_a_grammars_entropy_is_that_of_the_choices(folder):
     model = Llama.load(folder)
     model.embed.zero_()                                                     # all tokens are as likely
     texts, grammar = tell(model, 300)
-    nats = sum(math.log(3) * 3 + math.log(2) * ((text[0] == 10) + (20 in text)) for text in texts[::3])
-    nats += sum(math.log(3) + math.log(2) * (text[0] == 10) for text in texts[1::3]) + 100 * math.log(2)
+    nats = sum(math.log(3) + math.log(2) * (2 + (text[0] == 10) + (20 in text)) for text in texts[::3])
+    nats += sum(math.log(3) + math.log(2) * (text[0] == 10) for text in texts[1::3]) + 200 * math.log(2)
     assert abs(grammar.sums[2].item() / nats - 1) < 1e-5
 
 
@@ -209,7 +209,7 @@ def test_every_plot_can_be_told(folder):
         for part in plot.parts:
             assert len(set(part)) >= 3
             encoded = [tokenizer.encode(wording) for wording in part]
-            assert not any(a != b and b[:len(a)] == a for a in encoded for b in encoded), part      # the trie would lose a
+            assert not any(a != b and b[:len(a)] == a for a in encoded for b in encoded), part      # a would never be told
         for i in range(max(map(len, plot.parts))):                          # each wording is told once, at least
             text = plot.opening + "".join(part[i % len(part)] for part in plot.parts)
             assert make_weights.PLAIN.fullmatch(text) and text.count('"') % 2 == 0, text
@@ -240,7 +240,7 @@ def test_stories_are_told_and_cleaned(folder, tmp_path, monkeypatch, capsys):
         for part in plot.parts:
             rest = rest.removeprefix(next(wording for wording in part if rest.startswith(wording)))
         assert rest == "" and line["question"] == plot.question
-    bad = [dict(line, text=text) for line, text in zip(lines, ["I'm sorry. I am a language model.", "A **bold** fox ran.", "A fox ran"])]
+    bad = [dict(lines[0], text=text) for text in ("I'm sorry. I am a language model.", "A **bold** fox ran.", "A fox ran")]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines + lines[:4] + bad))
     make_weights.main(["text", *command])
     assert "55 texts, 48 kept" in capsys.readouterr().out

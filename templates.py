@@ -8,36 +8,55 @@ from typing import NamedTuple
 
 # ---- Stories
 
-GIRLS = "Lily Mia Anna Sara Lucy Emma Zoe Rosie Ella Ruby Molly Nora Ivy Clara Poppy Grace Daisy Hazel Bella Amy Luna Kate".split()
-BOYS = "Tom Ben Max Leo Sam Jack Tim Finn Noah Oscar Toby Hugo Felix Theo Milo Jasper Owen Charlie Pip Eli Fred Peter".split()
+GIRLS = """
+Lily Mia Anna Sara Lucy Emma Zoe Rosie Ella Ruby Molly Nora Ivy Clara Poppy Grace Daisy Hazel Bella Amy Luna Kate Alice Olive Sophie
+Maya Nina Tina Lola Holly Penny Fiona Greta Heidi Iris Julia Kitty Lena Maggie Nelly Olga Paula Rita Stella Tilly Wendy Willow Zara
+""".split()
+BOYS = """
+Tom Ben Max Leo Sam Jack Tim Finn Noah Oscar Toby Hugo Felix Theo Milo Jasper Owen Charlie Pip Eli Fred Peter Adam Bobby Carl Danny
+Emil Frank George Harry Ian Jonas Kevin Luke Martin Nick Otto Paul Robin Simon Teddy Victor Walter Arthur Bruno Dennis Gus Henry
+""".split()
 NAMES = GIRLS + BOYS
 ANIMALS = """
-fox rabbit bear mouse cat dog duck frog pig lamb pony squirrel hedgehog turtle monkey penguin puppy goat hen deer robot
+fox rabbit bear mouse cat dog duck frog pig lamb pony squirrel hedgehog turtle monkey penguin puppy goat hen deer robot beaver otter
+badger koala panda raccoon donkey hamster sheep parrot crow sparrow chick goose mole dragon zebra camel
 """.split()
 TRAITS = """
 little small kind brave shy happy clever curious lazy quiet funny gentle hungry sleepy silly young polite careful strong
-playful cheerful friendly
+playful cheerful friendly busy patient lively merry dreamy stubborn noisy calm proud bold tiny helpful thoughtful
 """.split()
 PLACES = (
-    "in the forest", "by the river", "in a small village", "on a farm", "near the sea", "in a big garden",
-    "on a green hill", "in a little house", "by the lake", "in a quiet town", "at the edge of the woods",
+    "in the forest", "by the river", "in a small village", "on a farm", "near the sea", "in a big garden", "by a deep well",
+    "on a green hill", "in a little house", "by the lake", "in a quiet town", "at the edge of the woods", "in a wooden hut",
     "by a tall tree", "in a cozy cottage", "near a waterfall", "next to a school", "by the pond", "in a green valley",
-    "at the end of a long road", "near an old bridge")
+    "at the end of a long road", "near an old bridge", "behind the mountains", "near a windmill", "next to a bakery",
+    "at the foot of a mountain", "in a sunny meadow", "on a small island", "by an apple orchard", "near a castle",
+    "between two rivers", "under a big oak", "in the middle of a big city", "near the train station", "next to a church")
 THINGS = {
-    "toy": "toy car, toy train, doll, teddy bear, kite, drum, toy robot, wooden horse, toy boat, toy truck, puppet, music box",
-    "food": "cake, apple pie, sandwich, pizza, cherry cake, loaf of bread, pumpkin pie, big pancake, carrot cake, berry pie",
-    "breakable": "blue vase, teapot, big plate, flower pot, white bowl, red cup, jar, little glass, mirror",
-    "flying": "kite, red balloon, paper plane, yellow balloon, blue hat, toy plane, scarf, green balloon",
-    "plant": "sunflower, red flower, rose bush, blue flower, bean plant, tulip, yellow flower",
-    "skill": "ride a bike, climb a tree, skate, jump rope, dance, ski, do a cartwheel, swim, walk on a rope, ride a pony",
-    "treasure": "golden ring, silver bell, necklace, shiny key, gold coin, little watch, music box, silver spoon, red ribbon",
-    "fruit": "apples, pears, plums, cherries, peaches, oranges, nuts",
-    "float": "toy boat, paper boat, little ship, wooden duck, little raft, wooden boat",
-    "hot": "apple pie, cherry pie, loaf of bread, chocolate cake, pumpkin pie, pizza, plum cake",
-    "music": "drum, trumpet, flute, violin, horn, guitar",
-    "built": "tower of blocks, sand castle, little house of sticks, castle of blocks, stone tower, toy village, fort",
-    "sweets": "cookies, candies, chocolate cookies, honey cookies, lemon drops, little cakes",
-    "newfood": "pumpkin soup, spinach, tomato soup, broccoli, rice pudding, onion soup, mushroom soup, vegetable stew"}
+    "toy": "toy car, toy train, doll, teddy bear, kite, drum, toy robot, wooden horse, toy boat, toy truck, puppet, music "
+        "box, rag doll, toy rocket, toy tractor, stuffed elephant, toy castle",
+    "food": "cake, apple pie, sandwich, pizza, cherry cake, loaf of bread, pumpkin pie, big pancake, carrot cake, berry "
+        "pie, cheese sandwich, waffle, peach tart, lemon cake",
+    "breakable": "blue vase, teapot, big plate, flower pot, white bowl, red cup, jar, little glass, mirror, lamp, candle "
+        "holder, china bowl, picture frame",
+    "flying": "kite, red balloon, paper plane, yellow balloon, blue hat, toy plane, scarf, green balloon, straw hat, "
+        "feather, paper bird",
+    "plant": "sunflower, red flower, rose bush, blue flower, bean plant, tulip, yellow flower, daisy, lily, tomato plant, "
+        "pumpkin",
+    "skill": "ride a bike, climb a tree, skate, jump rope, dance, ski, do a cartwheel, swim, walk on a rope, ride a pony, "
+        "whistle, juggle, paint, catch a ball, count to a hundred, row a boat",
+    "treasure": "golden ring, silver bell, necklace, shiny key, gold coin, little watch, music box, silver spoon, red "
+        "ribbon, pearl, blue marble, brass compass, bracelet",
+    "fruit": "apples, pears, plums, cherries, peaches, oranges, nuts, figs, lemons, apricots, mangos",
+    "float": "toy boat, paper boat, little ship, wooden duck, little raft, wooden boat, toy sailboat, bark boat",
+    "hot": "apple pie, cherry pie, loaf of bread, chocolate cake, pumpkin pie, pizza, plum cake, potato pie",
+    "music": "drum, trumpet, flute, violin, horn, guitar, tuba, banjo, whistle",
+    "built": "tower of blocks, sand castle, little house of sticks, castle of blocks, stone tower, toy village, fort, "
+        "castle of mud, tower of cups, bridge of sticks, palace of sand",
+    "sweets": "cookies, candies, chocolate cookies, honey cookies, lemon drops, little cakes, muffins, donuts, caramels, "
+        "cupcakes",
+    "newfood": "pumpkin soup, spinach, tomato soup, broccoli, rice pudding, onion soup, mushroom soup, vegetable stew, bean "
+        "soup, cabbage, fish soup"}
 # How a story begins: with whom it is about, or with the day on which it happens. {N} is the hero, a {A} {B}; {O} is a brother
 # or sister, {brothers}; {he} {his} {him} are the hero's pronouns.
 OPENINGS = """

@@ -2,10 +2,13 @@
 outcome gets to the host."""
 import contextlib
 import operator
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.utils import _pytree as pytree
+
+from kernels.gate import wait_at_gate
 
 
 def on(device):
@@ -26,6 +29,7 @@ def cross(x, device):
 
 FIRST = -1              # priority of the draft's kernels: tiny and many, they must not queue behind the target's grids
 MOST = 24               # graphs that a side keeps: a verify for each tree, a few for each way to draft
+BLOCKING = os.environ.get("CUDA_LAUNCH_BLOCKING", "0") != "0"       # each launch waits for its end: nothing may wait for the host
 
 
 class Graphs:
@@ -52,6 +56,10 @@ class Graphs:
     def clear(self):
         """Forget all graphs: what their functions keep has moved."""
         self.recorded, self.known = {}, {}
+
+    def ready(self, f, *args):
+        """Whether to call f(*args) now means to launch a graph and no more: nothing to compile, to record, to copy or to wait for."""
+        return not BLOCKING and (f.__func__, *map(id, args)) in self.known
 
     def __call__(self, f, *args):
         if not self.on:
@@ -131,20 +139,28 @@ class ReadBack:
 
 
 class Beside:
-    """Runs both sides at once: on two streams of a GPU, in two worker threads of a CPU."""
+    """Runs both sides at once: on two streams of a GPU, in two worker threads of a CPU.
+
+    On a GPU the target's next step may be launched before the host knows how this round ended (`ahead`). It stands behind a gate
+    then, a kernel that lets it pass at once if all sequences hit; else it waits until the backup has run (`backing_up`).
+    """
 
     def __init__(self, device):
         self.device, self.cuda = device, device.type == "cuda"
+        self.waiting = False                                                # whether a step stands behind the gate
 
     def __enter__(self):
         if self.cuda:
-            self.stream = torch.cuda.Stream(self.device, priority=FIRST)
+            self.stream, self.joined = torch.cuda.Stream(self.device, priority=FIRST), torch.cuda.Event()
+            self.opened = torch.full((1,), 1, dtype=torch.int32, device=self.device).zero_()    # loads the kernel that opens it
         else:
             self.pool, self.threads = ThreadPoolExecutor(2), torch.get_num_threads()
         return self
 
     def __exit__(self, *_):
         if self.cuda:
+            with torch.cuda.stream(self.stream):
+                self.opened.fill_(1)                                        # come what may, nobody stays at the gate
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
         else:
             self.pool.shutdown()
@@ -152,13 +168,17 @@ class Beside:
     def both(self, target, draft):
         """Start target() on the caller's stream, and draft() beside it unless it is None; returns for each a function that
         joins and gives its result. The target's step goes first: it is launched in less time than the draft's many small
-        kernels, and has more to do."""
+        kernels, and has more to do. What `ahead` gave counts as a target, one that has started."""
+        waiting, self.waiting = self.waiting, False
         if draft is None:
             verified = target()
             return lambda: verified, lambda: None
         if not self.cuda:
             return self.submit(target), self.submit(draft)
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))         # not for the target's step
+        if waiting:
+            self.stream.wait_event(self.joined)                             # what came before the gate
+        else:
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))     # not for the target's step
         verified = target()
         with torch.cuda.stream(self.stream):
             drafted = draft()
@@ -167,6 +187,26 @@ class Beside:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
             return drafted
         return lambda: verified, join
+
+    def ahead(self, target, found):
+        """Launch target(), which is one graph, to start where all sequences have hit (found [B, 2]) or a backup has run. Returns
+        what `both` takes for a target. Until that is known nobody may wait for the GPU, nor load a kernel."""
+        self.joined.record(torch.cuda.current_stream(self.device))
+        self.waiting = True
+        wait_at_gate(found, self.opened)
+        verified = target()
+        return lambda: verified
+
+    @contextlib.contextmanager
+    def backing_up(self):
+        """A context for what misses need. If a step waits, that goes to the draft's stream and opens the gate."""
+        if not self.waiting:
+            yield
+            return
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(self.joined)
+            yield
+            self.opened.fill_(1)
 
     def submit(self, work):
         @torch.inference_mode()

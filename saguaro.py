@@ -110,6 +110,10 @@ class Target:
             step = self._verify_alone if squeezed else self._verify
             return self.graphs(step, cross(tokens, device), cross(q, device), tree.on(device))
 
+    def can_verify(self, tokens, q, tree):
+        """Whether `verify` would do nothing but replay a graph."""
+        return self.graphs.ready(self._verify, tokens, q, tree)
+
     def _verify(self, tokens, q, tree):
         start = self.prefix_len[:, None]
         positions, following, slots = start + tree.rows[:, None]                            # [B, M+1] each
@@ -208,56 +212,64 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
     batch = Batch(target_model, prompts, max_new_tokens, sampling, stop_ids, seeds, stats, draft_model)
     tree, fan = make_plan(options, batch.stats, draft_model)
     nodes = options.most_nodes()
-    room = batch.length + nodes * (options.fanout_budget + 2)           # an overshoot, the trunk and the branches
-    target, drafter = batch.sides((Target, target_model, batch.length + 2 * nodes, options.residual(batch.sampler)),
+    room = batch.length + nodes * (options.fanout_budget + 3)           # two rounds that overshoot, the trunk and the branches
+    target, drafter = batch.sides((Target, target_model, batch.length + 3 * nodes, options.residual(batch.sampler)),
                                   (Drafter, draft_model, room, options))
     drafter.plan(tree, fan)
     batch.prefilled()
     drafter.speculate()                                                 # round 1: the speculation cache is empty
-    glue, works, chunks, rest = False, True, None, Rest(options.rests)
+    glue, works, chunks, ahead, rest = False, True, None, None, Rest(options.rests)
     with Beside(draft_model.device) as beside:
         while True:
-            verify = partial(target.verify, drafter.spec.tokens, drafter.spec.q, tree, alone=not works)
+            speculation = drafter.spec.tokens, drafter.spec.q, tree
             precompute = partial(drafter.precompute, glue)              # guess the outcomes, draft for each of them
-            verified, drafted = beside.both(verify, precompute if works else None)
+            verified, drafted = beside.both(ahead or partial(target.verify, *speculation, alone=not works),
+                                            precompute if works else None)
             chunks = chunks or batch.count_outcome()                    # while both work, the caller gets the last text
             if chunks:
                 yield chunks
             verdict, report = verified()
             found = drafter.switch(verdict, drafted())
             batch.post(report, found)
-            if found is None:                                       # a round of SD asks nobody before it drafts the next
-                drafter.speculate(refeed=True)
-            hits = batch.read_outcome(tree, drafter)
+            backup = choose_backup(options, batch.stats, len(batch.live))
             replan = time_to_replan(options, batch, batch.stats.rounds + 1)     # one isn't counted yet
+            ahead, covered = None, found is None
+            if covered:                                             # a round of SD asks nobody before it drafts the next
+                drafter.speculate(refeed=True)
+            elif batch.read and all(batch.left) and not replan and backup == "neural" and target.can_verify(*speculation):
+                if drafter.can_fall_back(backup, found):            # where all hit the next verify follows at once
+                    ahead = beside.ahead(partial(target.verify, *speculation), found)
+                else:                                               # its graph is recorded, needed or not, while nobody waits
+                    drafter.fall_back(backup, found)
+                    covered = True
+            hits = batch.read_outcome(tree, drafter)
             # What is usual goes straight on to the next round, and is counted while that runs.
             usual = found is not None and all(hits) and all(batch.left) and not replan and batch.read > 1
             chunks = None if usual else batch.count_outcome()
             if batch.read == 1:                                     # at once: the next round has graphs to record first
                 yield chunks
                 chunks = None
-            if (rows := batch.drop_finished(target, drafter)) is not None:
-                if not rows:
-                    break
+            if not any(batch.left):
+                break
+            if ahead is None and (rows := batch.drop_finished(target, drafter)) is not None:
                 found, hits = None if found is None else found[rows], [hits[row] for row in rows]
-            backup, plan = choose_backup(options, batch.stats, len(batch.live)), (tree, fan)
-            if replan:
-                plan = make_plan(options, batch.stats, draft_model, plan)
+            plan = make_plan(options, batch.stats, draft_model, (tree, fan)) if replan else (tree, fan)
             if replanned := plan != (tree, fan):
                 tree, fan = plan
                 drafter.plan(tree, fan)
                 batch.stats.stops.clear()
                 rest.new_plan()
             elif found is not None:
-                rest.count(hits, backup)
+                rest.count([hit for hit, left in zip(hits, batch.left) if left], backup)
             works = rest.over()                                         # else the coming round is one of SD
             if replanned:                                           # what was drafted is for the old plan
                 drafter.speculate(refeed=found is None, span="draft" if found is None else "miss")
             if replanned or found is None:
                 hits, backup = [False] * len(hits), "neural"
-            elif not all(hits):                                         # those that missed need a speculation now
+            elif not all(hits) and not covered:                         # those that missed need a speculation now
                 backup = backup if works else "neural"
-                drafter.fall_back(backup, found)
+                with beside.backing_up():
+                    drafter.fall_back(backup, found)
             glue = not all(hits) and backup == "fast"
             batch.start_round(hits, backup, works)
     batch.close()

@@ -6,6 +6,7 @@ the last bit however many other tokens stand beside it.
 """
 import itertools
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 import graphs
 import kernels
 from errors import UserError
-from kernels import accept, commit, embed, grow, head, launch, linear, settle, switch, tree_attention, tune
+from kernels import accept, commit, embed, gate, grow, head, launch, linear, settle, switch, tree_attention, tune
 from kernels.finish import FIXED
 from layout import Layout
 from measure.timing import random_model
@@ -455,6 +456,36 @@ def test_forward_matches_the_twins():
         depth = tree.node_depth[None]
         out.append(step(model, cache, [list(range(tree.size))], 70 + depth, 70 + torch.arange(tree.size)[None], [70], tree.mask))
     torch.testing.assert_close(*out, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("hits, opened, left", [([1], 0, 0), ([1, 1, 1], 1, 1), ([0], 1, 0), ([1, 1, 0], 1, 0), ([0, 1], 1, 0)])
+def test_gate(hits, opened, left):
+    """It lets through at once who all hit, and else who finds it open, and shuts it then. Whoever should wait is not in this test."""
+    found = torch.tensor([[hit, 7 - 7 * hit] for hit in hits], device=DEVICE)
+    opened = torch.tensor([opened], dtype=torch.int32, device=DEVICE)
+    gate.wait_at_gate(found, opened)
+    assert opened.item() == left
+
+
+@gpu_only
+@pytest.mark.parametrize("hit", [0, 1])
+def test_who_waits_at_the_gate(hit):
+    """Behind it a copy waits until it is opened from another stream, unless all hit."""
+    found, opened = torch.tensor([[1, 0], [hit, 0]], device=DEVICE), torch.ones(1, dtype=torch.int32, device=DEVICE).zero_()
+    gate.wait_at_gate(torch.ones_like(found), opened)                       # compiles it
+    mark, other, passed, way = torch.zeros(1, device=DEVICE), torch.cuda.Stream(), torch.cuda.Event(), torch.cuda.Event()
+    torch.cuda.synchronize()
+    gate.wait_at_gate(found, opened)
+    mark.fill_(1)
+    passed.record()
+    time.sleep(0.05)
+    assert passed.query() == bool(hit)
+    with torch.cuda.stream(other):
+        opened.fill_(1)
+        way.record()
+    way.synchronize()
+    passed.synchronize()
+    assert mark.item() == 1 and opened.item() == hit
 
 
 @pytest.mark.skipif(CUDA, reason="the loops run on these kernels there (test_correctness.py)")

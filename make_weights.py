@@ -179,7 +179,7 @@ def draft(args):
     rows = {"tokens": stream[:len(ones) * span].view(-1, span), "start": ones, "end": ones * span}
     save_file(rows, args.work / "story_rows.safetensors")
     sizes = ("--layers 1 --dim 64 --max-new 32 --tokens 4000" if args.toy else
-             "--layers 1 --dim 160 --ffn 448 --max-new 192 --tokens 10000000")
+             "--layers 1 --dim 128 --ffn 384 --max-new 192 --tokens 10000000")
     distill.main([*f"--target {args.weights}/target --out {args.weights}/draft --prompts {args.work}/openings.jsonl "
                   f"--rows {args.work}/story_rows.safetensors --eval-prompts {args.work}/held_out.jsonl "
                   f"--temperature 0 0.8 --sample-batch {2 * args.batch} --batch 128 --lr 4e-3 --device {args.device} "

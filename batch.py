@@ -4,7 +4,7 @@ import gc
 import itertools
 import operator
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -60,12 +60,15 @@ class Options:
             return 1 + sum(itertools.accumulate(widths, operator.mul))
         return 1 + (widths or self.k)
 
-    def usual_budget(self):
-        """Outcomes to guess where the user leaves it open: 16 after a chain. A tree is drafted behind each of them, level by level;
-        so many that a forward still has some 16 rows were the best on an H100 (README), though no fewer than 4."""
-        widths, usual = self.widths(), Options.fanout_budget
-        levels = len(widths) if isinstance(widths, list) else self.k
-        return min(usual, max(4, round(usual * levels / (self.most_nodes() - 1))))
+    def guessing(self, outcomes):
+        """The same with so many outcomes guessed; None, where the user leaves it open: 16 after a chain. A tree is drafted behind
+        each of them, level by level; so many that a forward still has some 16 rows were the best on an H100 (README), though no
+        fewer than 4."""
+        if outcomes is None:
+            widths, usual = self.widths(), Options.fanout_budget
+            levels = len(widths) if isinstance(widths, list) else self.k
+            outcomes = min(usual, max(4, round(usual * levels / (self.most_nodes() - 1))))
+        return replace(self, fanout_budget=outcomes)
 
     def widths(self):
         """The --tree option: None (chain), an int (nodes of the best tree) or a list (children per depth)."""

@@ -191,7 +191,8 @@ def rows_of(contestants, counted, texts, floor, begun):
         runs, total = counted[label], sum(counted[label], Counter())
         rate = lambda a, b: total[a] / total[b] if total[b] else None
         against = lambda other: spread(a / b for a, b in zip(speeds[label], speeds[other])) if other in speeds else None
-        same_sd = label.replace("ssd", "sd", 1)                 # the same speculation, if it was run
+        twin = label.replace("ssd", "sd", 1) + ","              # the same speculation, if it was run
+        same_sd = max((sd for sd, c in contestants.items() if c.mode == "sd" and twin.startswith(sd + ",")), key=len, default="sd")
         same = all(a[:len(b)] == b[:len(a)] for a, b in zip(texts[label], texts[next(iter(contestants))]))
         round_ms = spread(1e3 * r["seconds"] / r["rounds"] for r in runs)
         rows.append(dict(
@@ -202,16 +203,17 @@ def rows_of(contestants, counted, texts, floor, begun):
             batch_hit_rate=rate("batch_hits", "batch_lookups"), of_ceiling=1e3 * floor / round_ms[0],
             first_ms=spread(1e3 * r["first"] / begun[label] for r in runs),
             prefill_ms=spread(1e3 * r["prefill_seconds"] / begun[label] for r in runs), peak_bytes=max(r["peak"] for r in runs),
-            vs_ar=against("ar"), vs_sd=against(same_sd if contestant.mode == "ssd" and same_sd in speeds else "sd"),
+            vs_ar=against("ar"), vs_sd=against(same_sd if contestant.mode == "ssd" else "sd"),
             same_text=same, rounds=total["rounds"], left_out=total["left_out"]))
     return rows
 
 
-def contestants_for(args, pair, group, share, more=True):
+def contestants_for(args, pair, group, share_of, more=True):
     """{label: contestant}: ar, sd and ssd, and if `more` what --tune (on a group of prompts), --sweep or --vs-transformers add.
 
-    share: the Share of ssd's target.
+    share_of: options -> the Share of ssd's target.
     """
+    share = share_of(args.options)
     make = lambda mode, options=None, share=None: Contestant(pair, mode, options, args.sampling, args.max_new_tokens, share)
     found = {"ar": make("ar")}
     if pair.draft is not None:
@@ -226,10 +228,17 @@ def contestants_for(args, pair, group, share, more=True):
                     if what == "tree":
                         options = replace(options, tree=str(value), k=args.options.k if given else TREE_DEPTH)
                     options.check()
-                    title = {"k": f"K = {value}", "fanout": f"{value} outcomes",
-                             "tree": f"tree of {value}, depth {options.k}"}[what]
+                    if what != "fanout":
+                        options = options.guessing(args.fanout_budget)
+                    title = {"k": f"{mode}, K = {value}", "fanout": f"{mode}, {value} outcomes",
+                             "tree": f"{mode}, tree of {value}, depth {options.k}"}[what]
+                    own = share_of(options) if mode == "ssd" else None
+                    if mode == "ssd" and what == "tree" and options.fanout_budget != args.options.fanout_budget:
+                        title += f", {options.fanout_budget} guessed"
+                    if own and own != share:
+                        title += f", {own.in_flight} KB in flight"
                     if options != args.options:                             # else it is plain sd or ssd
-                        found[f"{mode}, {title}"] = make(mode, options, share if mode == "ssd" else None)
+                        found[title] = make(mode, options, own)
         if args.tune and more:
             times, stats = find(pair.target, pair.draft, group, args.sampling, args.options, pair.stop_ids)
             plans = choose(times, stats, pair.draft, args.options)
@@ -268,7 +277,8 @@ def speed(args):
     for pair in pairs_for(args):
         more = first is not pair.target                         # of several drafts of a target the first is looked at closely
         first = pair.target
-        share = Share(*args.ctas) if args.ctas else usual_share(pair.target, pair.draft)
+        share_of = lambda options: Share(*args.ctas) if args.ctas else usual_share(pair.target, pair.draft, options)
+        share = share_of(args.options)
         for context in args.context or [None]:
             prompts = pair.prompts if context is None else lengthened(pair.prompts, context)
             for size in args.batch:
@@ -288,7 +298,7 @@ def speed(args):
                             parameters=[model_bytes(model.config, args.dtype) // args.dtype.itemsize for model in models])
                 print("\n" + "\n".join(report.run_lines(head, machine)), flush=True)
                 with synthetic(pair):
-                    contestants = contestants_for(args, pair, groups[0], share, more)
+                    contestants = contestants_for(args, pair, groups[0], share_of, more)
                     others = {label: c for label, c in contestants.items() if more or label != "ar"}
                     found = compare(others, groups, args.repeats, args.device)
                     if not more:                                # ar knows of no draft: it was run before the first one

@@ -109,8 +109,7 @@ class Engine:
         self.options = Options(fanout=args.fanout, saguaro_c=args.saguaro_c, accept=args.accept, backup=args.backup,
                                **self.asked)
         self.options.check()
-        if args.fanout_budget is None:
-            self.options = replace(self.options, fanout_budget=self.options.usual_budget())
+        self.options = self.options.guessing(args.fanout_budget)
         self.plans = {}                         # mode -> tune.Plan, once `plan` has found some
         self.timeline = Timeline(target=self.device, draft=self.draft_device) if args.trace or args.timeline else None
         self.configs = {name: LlamaConfig.from_folder(folder) for name, folder in self.folders.items()}
@@ -182,7 +181,7 @@ class Engine:
 
     def stream(self, mode, replies, stats, max_new_tokens):
         """Answer a batch of replies; yields (reply, text, origin) token by token, the text in whole characters."""
-        options, share = self.options, tune.usual_share(*self.models) if mode == "ssd" else None
+        options, share = self.options, tune.usual_share(*self.models, self.options) if mode == "ssd" else None
         if plan := self.plans.get(mode):
             options, share = replace(options, k=plan.k, tree=plan.tree, fanout_budget=plan.fanout_budget), plan.share
         self.models[0].run_with(share=share)

@@ -96,9 +96,9 @@ def test_steps(capsys, tiny_shapes):
 
 def test_speed_of_the_embedded_pair(capsys, tiny_shapes, tmp_path):
     where = [str(tmp_path / name) for name in ("a.json", "a.svg")]
-    result, printed = run(capsys, "--max-new-tokens", "32", "--repeats", "2", "--batch", "1,2", "--temperature", "1.3",
+    result, printed = run(capsys, "--max-new-tokens", "32", "--repeats", "2", "--batch", "1,2", "--temperature", "1.6",
                           "--k", "4", "--json", where[0], "--plot", where[1])
-    assert result["command"] == "python bench.py --max-new-tokens 32 --repeats 2 --batch 1,2 --temperature 1.3 --k 4 --device cpu"
+    assert result["command"] == "python bench.py --max-new-tokens 32 --repeats 2 --batch 1,2 --temperature 1.6 --k 4 --device cpu"
     assert json.loads((tmp_path / "a.json").read_text()) == result
     drawn = (tmp_path / "a.svg").read_text()
     assert drawn.count("What runs when") == drawn.count("By batch size") == 1 and drawn.count("tok/s</title>") == 3
@@ -110,7 +110,7 @@ def test_speed_of_the_embedded_pair(capsys, tiny_shapes, tmp_path):
         assert ar["tokens_per_round"] == 1 and ar["hit_rate"] is None and ar["vs_ar"] == [1, 1, 1]
         assert sd["tokens_per_round"] > 1.5 and sd["hit_rate"] is None and 0 < ssd["hit_rate"] < 1
         assert all(m["tok_s"][1] <= m["tok_s"][0] <= m["tok_s"][2] for m in head["modes"])
-    for words in ("float32", "batch 2", "K = 4", "16 outcomes guessed (geometric fan-out)", "temperature 1.3", "Ceiling", "tok/s",
+    for words in ("float32", "batch 2", "K = 4", "16 outcomes guessed (geometric fan-out)", "temperature 1.6", "Ceiling", "tok/s",
                   "hidden behind the verify; after a hit the target waits"):
         assert words in printed
 
@@ -261,7 +261,7 @@ def test_several_drafts_of_one_target(capsys, monkeypatch, tiny_shapes):
     assert [head["pair"] for head in result["runs"]] == [
         "the embedded pair, the draft itself rounded to 5 bits", "the embedded pair, the draft itself rounded to 3 bits",
         "the embedded pair + draft"]
-    labels = ["ar", "sd", "ssd", "sd, tree of 7, depth 3", "ssd, tree of 7, depth 3"]
+    labels = ["ar", "sd", "ssd", "sd, tree of 7, depth 3", "ssd, tree of 7, depth 3, 7 guessed"]
     assert [m["label"] for m in first["modes"]] == labels and first["modes"][3]["options"]["tree"] == "7"
     for head in others:
         assert [m["label"] for m in head["modes"]] == labels[:3] and head["modes"][0]["tok_s"] == first["modes"][0]["tok_s"]

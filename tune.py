@@ -111,10 +111,14 @@ def shares(model):
     return [Share(ctas), Share(ctas, 32)]
 
 
-def usual_share(target_model, draft_model):
-    """The Share of ssd's target where nothing has been tuned: the first, if both models are on one GPU."""
+LONG = 8                                # drafts of so many levels outlast the verify unless the target keeps to the second Share
+
+
+def usual_share(target_model, draft_model, options=Options()):
+    """The Share of ssd's target where nothing has been tuned: None unless both models are on one GPU."""
     together = draft_model is not None and draft_model.device == target_model.device
-    return next(iter(shares(target_model)), None) if together else None
+    found = shares(target_model) if together else []
+    return found[options.k >= LONG] if found else None
 
 
 def slowdown(alone, beside, first):

@@ -61,8 +61,8 @@ def parse_flags(argv, description=None):
             ("--context", numbers, "N,N", None, "prompt tokens (default: prompts as they are, 128 random ones; 512 in steps)"),
             ("--rows", numbers, "N,N", [1, 8, 16, 32, 64], "tokens in a step, for --steps"),
             ("--k", int, "N", Options.k, "lookahead"), ("--tree", str, "TREE", None, "as in generate.py"),
-            ("--ctas", numbers, "N,KB", None, "CTAs of a linear of ssd's target, KB in flight in each (GPU; default: its SMs,48)"),
-            ("--fanout-budget", int, "N", Options.fanout_budget, "outcomes guessed in a round"),
+            ("--ctas", numbers, "N,KB", None, "CTAs of a linear of ssd's target, KB in flight in each (GPU; default: its SMs,48, from K = 8 on its SMs,32)"),
+            ("--fanout-budget", int, "N", None, f"outcomes guessed in a round (default: {Options.fanout_budget}, behind trees fewer)"),
             ("--sweep", sweeps, "k,fanout,tree,cta", {}, "also time other values of these; tree=32: that one, as deep as --k"),
             ("--steps", names, "SHAPES", None, "time single steps with random weights"),
             ("--kernels", names, "SHAPES", None, "time single kernels (GPU)")):
@@ -115,6 +115,8 @@ def parse_flags(argv, description=None):
     args.dtype = DTYPES[args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")]
     args.repeats = args.repeats or (5 if args.device.type == "cuda" else 3)
     args.sampling = Sampling(args.temperature)
-    args.options = Options(k=args.k, tree=args.tree, fanout=args.fanout, fanout_budget=args.fanout_budget)
+    args.options = Options(k=args.k, tree=args.tree, fanout=args.fanout)
+    args.options.check()
+    args.options = args.options.guessing(args.fanout_budget)
     args.options.check()
     return args

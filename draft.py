@@ -113,7 +113,11 @@ class Drafter:
             with on(self.device):
                 graphs = Graphs(getattr(self.model, "graphs", False), FIRST)
                 layout = Layout(tree, fan_out, self.device)
-                drafting = Drafting(layout, graphs, self.blank(layout))
+                spec = self.blank(layout)
+                for other in self.drafting.values():    # the target's graphs of this tree read tokens and q where they are
+                    if other.layout.tree == tree:
+                        spec = spec._replace(tokens=other.spec.tokens, q=other.spec.q)
+                drafting = Drafting(layout, graphs, spec)
         self.drafting[key] = self.now = drafting                            # the newest stands last
         if len(self.drafting) > PLANS:
             self.drafting.pop(next(iter(self.drafting)))
@@ -143,14 +147,14 @@ class Drafter:
     def choices(self, hidden, positions, level):
         """What the draft would put at positions [B, T], given hidden [B, T, dim], in its own ids.
 
-        Returns ranked [B, T, F + C], the most likely tokens, for the outcome guesses; drawn [B, T, at least the level's
+        Returns ranked [B, T, the level's n_ranked], the most likely tokens, for the outcome guesses; drawn [B, T, at least its
         n_choices], its first, second, ... choice for the tree; and q [B, T, V] in target ids, which these were drawn from
         (residual only). Greedy and coupled draw the best under the sampler's scores, residual draws from q_C without
         replacement (Gumbel top-k) with noise of its own.
         """
-        ids, most = self.target_ids, self.width + self.tree.children.shape[1]
+        ids = self.target_ids
         if not self.residual:
-            ranked = self.sampler.choose(self.model, hidden, positions, most, ids)
+            ranked = self.sampler.choose(self.model, hidden, positions, level.n_ranked, ids)
             return ranked, ranked, None
         logits = self.model.logits(hidden)                                  # [B, T, V_draft]
         if ids is not None:
@@ -160,7 +164,7 @@ class Drafter:
         best = (q.log() + noise).topk(level.n_choices)
         none = -1 if ids is None else 0                                     # a trimmed vocabulary's id 0 is no token
         drawn = best.indices.masked_fill(best.values == -torch.inf, none)
-        ranked = logits.topk(min(most, logits.shape[-1])).indices
+        ranked = logits.topk(min(level.n_ranked, logits.shape[-1])).indices
         if ids is not None:
             q = q.new_zeros(*q.shape[:-1], self.model.config.target_vocab_size).index_copy(-1, ids[1:], q[..., 1:])
         return ranked, drawn, q
@@ -170,7 +174,8 @@ class Drafter:
 
         fed [B, T]: the tokens of the first forward, in target ids; forwards: (level, rows) in turn, from the layout. known
         [B] bool: sequences whose tokens all stand there; for them this only fills the KV cache and renews the guesses. The
-        roots aren't written, and the deepest nodes, which nobody has fed yet, have no guesses.
+        roots aren't written, and the deepest nodes, which nobody has fed yet, have no guesses. A node has as many guesses as its
+        fan-out says; behind them `guesses` holds anything.
 
         A guess is a likely token that isn't among the node's children: a rejected child can't be the bonus token. Greedy
         and coupled would have accepted it, and the residual max(p - q, 0) of a rejected token is zero.

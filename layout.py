@@ -18,6 +18,7 @@ class Level:
     rows: torch.Tensor                      # [3, T] position, position of the next token, slot: each from prefix_len
     ancestors: Ancestors                    # of the T rows
     n_choices: int                          # most children of a node, at least 1
+    n_ranked: int                           # so many best tokens hold a node's children and its guesses
     fan_out: torch.Tensor                   # [T] F of each row's node
 
 
@@ -77,6 +78,7 @@ class Layout:
         inside = (own & tree.mask[nodes][:, None]).reshape(R * w, R * tree.size)
         position = sees.sum(1)[:, None] + tree.node_depth[nodes]                                # [R, w]
         slot = base + torch.arange(R, device=device)[:, None] * tree.size + torch.tensor(nodes, device=device)
+        n_choices = max(1, *(tree.n_children[node] for node in nodes))
         return Level(span(nodes), span(below), torch.stack([position, position + 1, slot]).flatten(1),
-                     Ancestors.of(torch.cat([sees.repeat_interleave(w, 0), inside], 1)),
-                     max(1, *(tree.n_children[node] for node in nodes)), self.fan_out[nodes].repeat(R))
+                     Ancestors.of(torch.cat([sees.repeat_interleave(w, 0), inside], 1)), n_choices,
+                     n_choices + max(self.counts[node] for node in nodes), self.fan_out[nodes].repeat(R))

@@ -800,6 +800,18 @@ def test_requests_that_share_graphs(played_graphs, monkeypatch):
     assert played_graphs["ahead"] > 2 * played_graphs["opened"] > 0
 
 
+def test_a_new_fan_out_leaves_the_verify_graph_alone(played_graphs, monkeypatch):
+    """Plans that share a tree share what the target reads: each verify is still launched ahead, and nothing is copied for it."""
+    models, stats, fans = PAIRS["perturbed"](), Stats(), itertools.cycle(([4, 2, 1, 1], [1, 1, 2, 4]))
+    monkeypatch.setattr(saguaro, "make_plan", lambda options, stats, draft, old=(Tree.chain(3),): (old[0], next(fans)))
+    monkeypatch.setattr(saguaro, "time_to_replan", lambda options, batch, rounds: rounds % 12 == 0)
+    for first in range(5):
+        request = [[first, 6, 7]], [50], Sampling(0.8, seed=3)
+        rounds = saguaro.ssd(*models, *request, Options(k=3, rests=False), stats=stats)
+        assert [[token for chunks in rounds for chunk in chunks for token in chunk.tokens]] == plain_texts(*request)
+    assert played_graphs["ahead"] > 0.7 * stats.rounds > 40
+
+
 def plain_texts(prompts, new, sampling):
     """What the target gives by itself, a prompt and a token at a time: no loop, no graphs."""
     texts, target = [], PAIRS["perturbed"]()[0]

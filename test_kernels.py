@@ -371,7 +371,7 @@ def test_settle(parents, B):
 def test_grow(parents, B, known, trimmed):
     """Level by level and all nodes at once; drawn apart from the ranked (residual) and from among them."""
     tree, V = Tree(parents, DEVICE), 40
-    layout, C = Layout(tree, [2] + [0] * (tree.size - 2) + [1], DEVICE), tree.children.shape[1]
+    layout = Layout(tree, [2] + [0] * (tree.size - 2) + [1], DEVICE)
     to_target = torch.cat([torch.tensor([-1]), torch.randperm(60)[:V - 1]]).to(DEVICE) if trimmed else None
     to_draft = ints(V, 60) if trimmed else None
     schedules = [(1, layout.refeed.levels), (1, layout.ahead.levels[:1]), (1, layout.glued.levels[:1]),
@@ -382,7 +382,7 @@ def test_grow(parents, B, known, trimmed):
         for level in levels:
             rows = R * (level.nodes.stop - level.nodes.start)
             draw = lambda n: torch.rand(B, rows, V, device=DEVICE).topk(n).indices
-            ranked = draw(layout.width + C)
+            ranked = draw(level.n_ranked)
             drawn = draw(level.n_choices) if apart else ranked
             args = ranked, drawn, ints(2, B).bool() if known else None, tree.children, level.nodes, level.below
             got, want = (op(*own, *args, to_target, to_draft) for op, own in ((grow.grow, ours), (grow.grow_ref, twins)))

@@ -15,7 +15,7 @@ def grow_ref(tokens, guesses, ranked, drawn, known, children, nodes, below, to_t
 
     tokens [B, R, M+1] and guesses [B, R, M+1, F] in place. nodes, below: slices, the w nodes whose rows these are and the
     nodes that are their children; children [M+1, C]: the children of each node, -1 where there is none. ranked
-    [B, R*w, n]: the draft's tokens for a row, best first, n >= F + C; the guesses are the first F that no child holds.
+    [B, R*w, n]: the draft's tokens for a row, best first; the guesses are the first F that no child holds, as far as they go.
     drawn [B, R*w, >= children]: the tokens of the first, second, ... child. known [B] bool or None: sequences whose
     tokens are there already and stay. to_target, to_draft: between the draft's ids (ranked, drawn, the result [B, R*|below|])
     and the target's (tokens, guesses), or None where they are the same. -1 is no token.
@@ -32,7 +32,8 @@ def grow_ref(tokens, guesses, ranked, drawn, known, children, nodes, below, to_t
     tokens[:, :, child[exists]] = drawn[:, :, exists]
     taken = (exists[:, None] & (ranked[..., None] == drawn[..., None, :])).any(-1)
     order = taken.int().argsort(dim=-1, stable=True)[..., :F]               # the free ones first, best first
-    guesses[:, :, nodes] = ranked.gather(-1, order)
+    old = guesses[:, :, nodes, :order.shape[-1]]
+    old.copy_(torch.where(taken.gather(-1, order), old, ranked.gather(-1, order)))
     fed = tokens[:, :, below].flatten(1)
     return fed if to_draft is None else to_draft[fed.clamp(min=0)]
 

@@ -255,9 +255,9 @@ class Drafter:
         self.stats.draft_forwards += self.tree.depth if backup == "neural" else 0
         self.run("miss", self._fall_back, backup, found)
 
-    def can_fall_back(self, backup, found):
-        """Whether `fall_back` would do nothing but replay a graph."""
-        return self.now.graphs.ready(self._fall_back, backup, found)
+    def can_go_on(self, backup, found):
+        """Whether `fall_back` and `precompute` would do nothing but replay a graph."""
+        return self.now.graphs.ready(self._fall_back, backup, found) and self.now.graphs.ready(self._precompute, False)
 
     def _fall_back(self, backup, found):
         hit, spec, spine = found[:, 0] > 0, self.spec, self.layout.spine

@@ -29,7 +29,8 @@ def cross(x, device):
 
 FIRST = -1              # priority of the draft's kernels: tiny and many, they must not queue behind the target's grids
 MOST = 24               # graphs that a side keeps: a verify for each tree, a few for each way to draft
-BLOCKING = os.environ.get("CUDA_LAUNCH_BLOCKING", "0") != "0"       # each launch waits for its end: nothing may wait for the host
+# Nothing may wait for the host where each launch waits for its end, or where streams share so few queues that one blocks another.
+BLOCKING = os.environ.get("CUDA_LAUNCH_BLOCKING", "0") != "0" or int(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") or 8) < 8
 
 
 class Graphs:
@@ -141,17 +142,17 @@ class ReadBack:
 class Beside:
     """Runs both sides at once: on two streams of a GPU, in two worker threads of a CPU.
 
-    On a GPU the target's next step may be launched before the host knows how this round ended (`ahead`). It stands behind a gate
-    then, a kernel that lets it pass at once if all sequences hit; else it waits until the backup has run (`backing_up`).
+    On a GPU the next round may be launched before the host knows how this one ended (`ahead`). It stands behind a gate then, a
+    kernel that lets it pass at once if all sequences hit; else it waits until the backup has run, aside (`backing_up`).
     """
 
     def __init__(self, device):
         self.device, self.cuda = device, device.type == "cuda"
-        self.waiting = False                                                # whether a step stands behind the gate
 
     def __enter__(self):
         if self.cuda:
-            self.stream, self.joined = torch.cuda.Stream(self.device, priority=FIRST), torch.cuda.Event()
+            self.stream, self.aside = (torch.cuda.Stream(self.device, priority=FIRST) for _ in range(2))
+            self.joined, self.passed = torch.cuda.Event(), torch.cuda.Event()
             self.opened = torch.full((1,), 1, dtype=torch.int32, device=self.device).zero_()    # loads the kernel that opens it
         else:
             self.pool, self.threads = ThreadPoolExecutor(2), torch.get_num_threads()
@@ -159,28 +160,26 @@ class Beside:
 
     def __exit__(self, *_):
         if self.cuda:
-            with torch.cuda.stream(self.stream):
+            with torch.cuda.stream(self.aside):
                 self.opened.fill_(1)                                        # come what may, nobody stays at the gate
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+            for stream in self.stream, self.aside:
+                torch.cuda.current_stream(self.device).wait_stream(stream)
         else:
             self.pool.shutdown()
 
     def both(self, target, draft):
         """Start target() on the caller's stream, and draft() beside it unless it is None; returns for each a function that
         joins and gives its result. The target's step goes first: it is launched in less time than the draft's many small
-        kernels, and has more to do. What `ahead` gave counts as a target, one that has started."""
-        waiting, self.waiting = self.waiting, False
+        kernels, and has more to do."""
         if draft is None:
             verified = target()
             return lambda: verified, lambda: None
         if not self.cuda:
             return self.submit(target), self.submit(draft)
-        if waiting:
-            self.stream.wait_event(self.joined)                             # what came before the gate
-        else:
-            self.stream.wait_stream(torch.cuda.current_stream(self.device))     # not for the target's step
+        self.passed.record(torch.cuda.current_stream(self.device))
         verified = target()
         with torch.cuda.stream(self.stream):
+            self.stream.wait_event(self.passed)                             # not for the target's step
             drafted = draft()
 
         def join():
@@ -188,23 +187,21 @@ class Beside:
             return drafted
         return lambda: verified, join
 
-    def ahead(self, target, found):
-        """Launch target(), which is one graph, to start where all sequences have hit (found [B, 2]) or a backup has run. Returns
-        what `both` takes for a target. Until that is known nobody may wait for the GPU, nor load a kernel."""
+    def ahead(self, target, draft, found):
+        """As `both`, to start where all sequences have hit (found [B, 2]) or a backup has run; target() and draft() are one graph
+        each. Until that is known nobody may wait for the GPU, nor load a kernel."""
         self.joined.record(torch.cuda.current_stream(self.device))
-        self.waiting = True
         wait_at_gate(found, self.opened)
-        verified = target()
-        return lambda: verified
+        return self.both(target, draft)
 
     @contextlib.contextmanager
-    def backing_up(self):
-        """A context for what misses need. If a step waits, that goes to the draft's stream and opens the gate."""
-        if not self.waiting:
+    def backing_up(self, waiting):
+        """A context for what misses need. If a round is waiting at the gate, that happens aside and opens it."""
+        if not waiting:
             yield
             return
-        with torch.cuda.stream(self.stream):
-            self.stream.wait_event(self.joined)
+        with torch.cuda.stream(self.aside):
+            self.aside.wait_event(self.joined)
             yield
             self.opened.fill_(1)
 

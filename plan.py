@@ -141,16 +141,24 @@ class Rest:
         """A round has ended that the draft had prepared for: hits, one a sequence. For the neural backup everybody waits."""
         self.found += all(hits) if backup == "neural" else sum(hits) / len(hits)
         self.rounds += 1
-        # The first plan is a guess, with a fan-out at the wrong places perhaps: it gets all of its rounds, since the next plan
-        # then starts anew. Later on it is enough that the rounds to come can't make good for those that were.
-        known = self.rounds == TRIED or not self.guess
-        if self.allowed and known and self.found + TRIED - self.rounds < HOPELESS * TRIED:
+        if self.hopeless():
             self.left, self.next = self.next, 2 * self.next
         elif self.rounds == TRIED:
             self.next = REST
         else:
             return
         self.new_plan()
+
+    def hopeless(self, coming=0):
+        """Whether too few rounds found what had been prepared, if so many `coming` ones won't either."""
+        # The first plan is a guess, with a fan-out at the wrong places perhaps: it gets all of its rounds, since the next plan
+        # then starts anew. Later on it is enough that the rounds to come can't make good for those that were.
+        rounds = self.rounds + coming
+        return self.allowed and (rounds == TRIED or not self.guess) and self.found + TRIED - rounds < HOPELESS * TRIED
+
+    def far(self):
+        """Whether the next round is none of SD, however the one that is running ends."""
+        return not self.left and not self.hopeless(coming=1)
 
     def over(self):
         """Ask once for each round, beforehand."""

@@ -223,8 +223,8 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
         while True:
             speculation = drafter.spec.tokens, drafter.spec.q, tree
             precompute = partial(drafter.precompute, glue)              # guess the outcomes, draft for each of them
-            verified, drafted = beside.both(ahead or partial(target.verify, *speculation, alone=not works),
-                                            precompute if works else None)
+            verified, drafted = ahead or beside.both(partial(target.verify, *speculation, alone=not works),
+                                                     precompute if works else None)
             chunks = chunks or batch.count_outcome()                    # while both work, the caller gets the last text
             if chunks:
                 yield chunks
@@ -236,9 +236,10 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
             ahead, covered = None, found is None
             if covered:                                             # a round of SD asks nobody before it drafts the next
                 drafter.speculate(refeed=True)
-            elif batch.read and all(batch.left) and not replan and backup == "neural" and target.can_verify(*speculation):
-                if drafter.can_fall_back(backup, found):            # where all hit the next verify follows at once
-                    ahead = beside.ahead(partial(target.verify, *speculation), found)
+            elif (batch.read and all(batch.left) and not replan and backup == "neural" and rest.far()
+                  and target.can_verify(*speculation)):
+                if drafter.can_go_on(backup, found):                # where all hit the next round follows at once
+                    ahead = beside.ahead(partial(target.verify, *speculation), drafter.precompute, found)
                 else:                                               # its graph is recorded, needed or not, while nobody waits
                     drafter.fall_back(backup, found)
                     covered = True
@@ -268,7 +269,7 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
                 hits, backup = [False] * len(hits), "neural"
             elif not all(hits) and not covered:                         # those that missed need a speculation now
                 backup = backup if works else "neural"
-                with beside.backing_up():
+                with beside.backing_up(ahead is not None):
                     drafter.fall_back(backup, found)
             glue = not all(hits) and backup == "fast"
             batch.start_round(hits, backup, works)

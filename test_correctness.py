@@ -397,6 +397,11 @@ def test_when_to_rest():
     assert rounds_of_sd(rest, [False], "neural", 1) == 128                  # one hit and five to come are less than 40 %
     assert rounds_of_sd(plan.Rest(False), [False], "neural", 100) == 0
     rest = plan.Rest(True)
+    for hit in random.Random(1).choices((True, False, False), k=400):
+        far = rest.far()
+        rest.count([hit], "neural")
+        assert rest.over() or not far, "known to go on, and then it rests"
+    rest = plan.Rest(True)
     assert rounds_of_sd(rest, [False], "neural", 15) == 0                   # the first plan is a guess
     rest.new_plan()
     assert rounds_of_sd(rest, [False], "neural", 9) == 0 and rounds_of_sd(rest, [False], "neural", 1) == 64
@@ -729,27 +734,28 @@ def played_graphs(monkeypatch):
         return bool(fixed) and all(not torch.is_tensor(x) or x.data_ptr() == old.data_ptr() for old, x in zip(fixed, leaves))
 
     class Gate(Beside):
-        def ahead(self, target, found):
+        def ahead(self, target, draft, found):
             events["ahead"] += 1
             events["closed"] = 1                                            # for all that the host knows
-            self.started = target() if found[:, 0].all() else None
-            self.waiting = target if self.started is None else None
-            return lambda: self.started or pytest.fail("nobody has opened the gate")
+            self.begin = lambda: (target(), draft())
+            self.started = self.begin() if found[:, 0].all() else [None, None]
+            return lambda: self.started[0] or pytest.fail("nobody has opened the gate"), lambda: self.started[1]
 
         @contextlib.contextmanager
-        def backing_up(self):
+        def backing_up(self, waiting):
             yield
-            if self.waiting:
-                self.started = self.waiting()
-                events["opened"] += 1
-
-        def both(self, *args):
-            events["closed"] = 0
-            return super().both(*args)
+            if waiting:
+                events["opened"], events["closed"] = events["opened"] + 1, 0
+                self.started = self.begin()
 
         def __exit__(self, *args):
             events["closed"] = 0
             super().__exit__(*args)
+
+    def known(self, *args, read_outcome=Batch.read_outcome):
+        hits = read_outcome(self, *args)
+        events["closed"] *= not all(hits)                                   # nobody stands at the gate
+        return hits
 
     def watched(*args, ssd=saguaro.ssd, **more):
         with contextlib.closing(ssd(*args, **more)) as rounds:
@@ -767,6 +773,7 @@ def played_graphs(monkeypatch):
     monkeypatch.setattr(saguaro, "Beside", Gate)
     monkeypatch.setattr(saguaro, "ssd", watched)
     monkeypatch.setattr(Batch, "__init__", ahead(Batch.__init__))
+    monkeypatch.setattr(Batch, "read_outcome", known)
     monkeypatch.setattr(Drafter, "plan", own_tree(Drafter.plan))
     return events
 

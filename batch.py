@@ -67,7 +67,7 @@ class Options:
         if outcomes is None:
             widths, usual = self.widths(), Options.fanout_budget
             levels = len(widths) if isinstance(widths, list) else self.k
-            outcomes = min(usual, max(4, round(usual * levels / (self.most_nodes() - 1))))
+            outcomes = min(usual, max(4, round(usual * levels / max(1, self.most_nodes() - 1))))     # K = 0 is for check() to say
         return replace(self, fanout_budget=outcomes)
 
     def widths(self):

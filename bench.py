@@ -227,16 +227,16 @@ def contestants_for(args, pair, group, share_of, more=True):
                     options = replace(args.options, **{field: value})
                     if what == "tree":
                         options = replace(options, tree=str(value), k=args.options.k if given else TREE_DEPTH)
-                    options.check()
                     if what != "fanout":
                         options = options.guessing(args.fanout_budget)
+                    options.check()
                     title = {"k": f"{mode}, K = {value}", "fanout": f"{mode}, {value} outcomes",
                              "tree": f"{mode}, tree of {value}, depth {options.k}"}[what]
-                    own = share_of(options) if mode == "ssd" else None
-                    if mode == "ssd" and what == "tree" and options.fanout_budget != args.options.fanout_budget:
-                        title += f", {options.fanout_budget} guessed"
-                    if own and own != share:
-                        title += f", {own.in_flight} KB in flight"
+                    own = None
+                    if mode == "ssd":                                       # say what else is other than in the plain row
+                        own, guessed = share_of(options), options.fanout_budget
+                        title += f", {guessed} guessed" * (what != "fanout" and guessed != args.options.fanout_budget)
+                        title += f", {own.in_flight} KB in flight" if own != share else ""
                     if options != args.options:                             # else it is plain sd or ssd
                         found[title] = make(mode, options, own)
         if args.tune and more:

@@ -114,10 +114,9 @@ class Drafter:
                 graphs = Graphs(getattr(self.model, "graphs", False), FIRST)
                 layout = Layout(tree, fan_out, self.device)
                 spec = self.blank(layout)
-                for other in self.drafting.values():    # the target's graphs of this tree read tokens and q where they are
-                    if other.layout.tree == tree:
-                        spec = spec._replace(tokens=other.spec.tokens, q=other.spec.q)
-                drafting = Drafting(layout, graphs, spec)
+                twin = next((other.spec for other in self.drafting.values() if other.layout.tree == tree), spec)
+                # The target's graphs of a tree read tokens and q where they are, so all its plans keep them there.
+                drafting = Drafting(layout, graphs, spec._replace(tokens=twin.tokens, q=twin.q))
         self.drafting[key] = self.now = drafting                            # the newest stands last
         if len(self.drafting) > PLANS:
             self.drafting.pop(next(iter(self.drafting)))
@@ -135,12 +134,12 @@ class Drafter:
             return self.now.graphs(step, *args)
 
     def blank(self, layout, *R):
-        """Room for R trees of each sequence, which `grow` fills in."""
+        """Room for R trees of each sequence, which `grow` fills in; it may find fewer guesses than there is room for."""
         shape, c, q = (len(self.prefix_len), *R, layout.tree.size), self.model.config, None
-        new = lambda *more: self.prefix_len.new_empty(*shape, *more)        # int64, on this side
+        tokens = self.prefix_len.new_empty(shape)                           # int64, on this side
         if self.residual:
             q = self.prefix_len.new_zeros(*shape, c.target_vocab_size or c.vocab_size, dtype=torch.float32)
-        return Speculation(new(), new(layout.width), q)
+        return Speculation(tokens, self.prefix_len.new_full((*shape, layout.width), -1), q)
 
     # -- one forward --------------------------------------------------------------------------------------------------
 
@@ -175,7 +174,7 @@ class Drafter:
         fed [B, T]: the tokens of the first forward, in target ids; forwards: (level, rows) in turn, from the layout. known
         [B] bool: sequences whose tokens all stand there; for them this only fills the KV cache and renews the guesses. The
         roots aren't written, and the deepest nodes, which nobody has fed yet, have no guesses. A node has as many guesses as its
-        fan-out says; behind them `guesses` holds anything.
+        fan-out says, or fewer where the draft knows no more tokens; what is behind them, -1 at first, is no guess.
 
         A guess is a likely token that isn't among the node's children: a rejected child can't be the bonus token. Greedy
         and coupled would have accepted it, and the residual max(p - q, 0) of a rejected token is zero.

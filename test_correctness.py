@@ -819,6 +819,24 @@ def test_a_new_fan_out_leaves_the_verify_graph_alone(played_graphs, monkeypatch)
     assert played_graphs["ahead"] > 0.7 * stats.rounds > 40
 
 
+@pytest.mark.parametrize("tree", (None, "2,2"))
+def test_a_draft_that_has_but_one_idea(tree, monkeypatch):
+    """Its best tokens are all the same one, so there is nothing left to guess: what no one has written isn't read."""
+    models, choose = PAIRS["perturbed"](), Sampler.choose
+
+    def one_idea(self, model, *args):
+        ranked = choose(self, model, *args)
+        return ranked if model is models[0] else ranked[..., :1].expand_as(ranked).contiguous()
+    monkeypatch.setattr(Sampler, "choose", one_idea)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found, stats = run(saguaro.ssd, models, [[5, 6, 7]], 40, Sampling(), Options(k=3, tree=tree, rests=False))[:2]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found == plain_texts([[5, 6, 7]], [40], Sampling()) and stats.hits < stats.lookups
+
+
 def plain_texts(prompts, new, sampling):
     """What the target gives by itself, a prompt and a token at a time: no loop, no graphs."""
     texts, target = [], PAIRS["perturbed"]()[0]

@@ -115,8 +115,6 @@ def parse_flags(argv, description=None):
     args.dtype = DTYPES[args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")]
     args.repeats = args.repeats or (5 if args.device.type == "cuda" else 3)
     args.sampling = Sampling(args.temperature)
-    args.options = Options(k=args.k, tree=args.tree, fanout=args.fanout)
-    args.options.check()
-    args.options = args.options.guessing(args.fanout_budget)
+    args.options = Options(k=args.k, tree=args.tree, fanout=args.fanout).guessing(args.fanout_budget)
     args.options.check()
     return args

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 from errors import UserError
-from graphs import ReadBack, cross
 from kernels import MAX_ROWS
 from sampling import Sampler
 from timeline import Timeline
@@ -194,10 +193,9 @@ class Batch:
         self.live, self.stop_ids, self.started = list(range(len(prompts))), set(stop_ids), time.perf_counter()
         self.length = max(len(prompt) + new for prompt, new in zip(prompts, self.left))
         self.sampler = Sampler(sampling, [sampling.seed] * len(prompts) if seeds is None else seeds, target.device)
-        self.root = torch.tensor([prompt[-1] for prompt in prompts]).to(target.device)      # [B]
         self.sources = ["neural"] * len(prompts)    # where each sequence's speculation came from
         self.kind = None                            # SSD: "hit", or the backup that this round waited for
-        self.read_back, self.posted, self.read = ReadBack(depth=2), [], 0
+        self.posted, self.read = [], 0
         self.uncounted = None                       # an outcome that has been read: what it gives out, and where from
         self.replan_at = max(16, power_of_two_above(self.stats.rounds))     # see plan.time_to_replan
         self.ahead = 1 if target.device.type == "cuda" else 0       # rounds that may run before their predecessor is read
@@ -235,16 +233,16 @@ class Batch:
             self.idle.pop(next(iter(self.idle)))
 
     def prefilled(self):
-        if self.root.is_cuda:
-            for side in self.pair:
+        for side in self.pair:
+            if side.model.device.type == "cuda":
                 torch.cuda.synchronize(side.model.device)           # what follows is decoding time
         self.last = time.perf_counter()
         self.stats.prefill_seconds += self.last - self.started
 
-    def post(self, *tensors):
-        """Send a round's outcome on its way to the host: report [B, 2K+5] and, if it was looked up, found [B, 2]."""
+    def post(self, report, found=None):
+        """A round is on its way: the receipts (graphs.Mailbox) of its report and, if its outcome was looked up, of `found`."""
         self.stats.started += 1
-        self.posted.append(self.read_back.post(*(cross(x, tensors[0].device) for x in tensors if x is not None)))
+        self.posted.append((report, found))
 
     def outcomes(self, tree, drain=False):
         """Yield the chunks of the rounds that are due: all but those that may run ahead, or with `drain` all.
@@ -271,7 +269,7 @@ class Batch:
         """
         K = tree.depth
         with self.stats.span("read-back", "host", self.stats.started - len(self.posted)):
-            report, found = (*self.posted.pop(0)(), None)[:2]
+            report, found = (receipt and receipt() for receipt in self.posted.pop(0))
         self.read += 1
         hits, lines = [], []
         for row, line in enumerate(report):

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 
 import kernels
-from graphs import FIRST, Graphs, cross, on
+from graphs import FIRST, Graphs, Mailbox, cross, on
+from kernels.gate import wait_at_gate
 from kernels.noise import DRAFT
 from layout import Layout
 from model import KVCache, prefill
@@ -86,6 +87,8 @@ class Drafter:
         self.cache = KVCache(model.config, batch_size, room, model.device, model.dtype)
         new = lambda *shape: torch.zeros(shape, dtype=torch.int64, device=model.device)
         self.prefix_len, self.history = new(batch_size), new(batch_size, room)      # history: the text so far, target ids
+        self.mail = Mailbox(model.device, batch_size)                       # brings what `switch` found
+        self.opened = torch.zeros(1, dtype=torch.int32, device=model.device)    # the gate (kernels/gate.py)
         self.drafting = {}                                                  # (tree, fan-out) -> Drafting, oldest first
         self.target_ids, self.draft_ids = model.d2t, None                   # [V_draft], [V]; None: ids are the target's
         if model.d2t is not None:
@@ -232,10 +235,12 @@ class Drafter:
     def switch(self, verdict, cache=None):
         """Look the outcome up; commit the accepted path and, on a hit, the branch as the new trunk: one move of KV rows.
 
-        The branch becomes self.spec (of those that missed only the root counts). Returns found [B, 2]: hit (0 or 1), branch.
-        cache: a SpeculationCache; None (SD) if nothing was prepared: then only the path is committed, and found is None.
+        The branch becomes self.spec (of those that missed only the root counts). Returns found [B, 2]: hit (0 or 1), branch; and
+        a receipt of it. cache: a SpeculationCache; None (SD) if nothing was prepared: then only the path is committed, and both
+        are None.
         """
-        return self.run("commit" if cache is None else "join", self._switch, cross(verdict, self.device), cache)
+        found = self.run("commit" if cache is None else "join", self._switch, cross(verdict, self.device), cache)
+        return found, None if found is None else self.mail.receipt(found)
 
     def _switch(self, verdict, cache):
         spec, outcomes = self.spec, cache and (cache.nodes, cache.roots, *cache.branches[:2])
@@ -243,6 +248,8 @@ class Drafter:
         self.cache.commit(src, dst)
         if cache is not None and spec.q is not None:
             spec.q.copy_(cache.branches.q[torch.arange(len(found), device=self.device), found[:, 1]])
+        if found is not None:
+            self.mail.send(found)
         return found
 
     def fall_back(self, backup, found):
@@ -254,9 +261,26 @@ class Drafter:
         self.stats.draft_forwards += self.tree.depth if backup == "neural" else 0
         self.run("miss", self._fall_back, backup, found)
 
+    def wait_at_gate(self, found):
+        """Let the current stream wait until all have hit, or the gate is opened."""
+        with on(self.device):
+            self.now.graphs(self._wait_at_gate, found)
+
+    def _wait_at_gate(self, found):
+        if found.is_cuda:
+            wait_at_gate(found, self.opened)
+
     def can_go_on(self, backup, found):
-        """Whether `fall_back` and `precompute` would do nothing but replay a graph."""
-        return self.now.graphs.ready(self._fall_back, backup, found) and self.now.graphs.ready(self._precompute, False)
+        """Whether the gate, `fall_back` and `precompute` would do nothing but replay a graph."""
+        steps = (self._wait_at_gate, found), (self._fall_back, backup, found), (self._precompute, False)
+        return all(self.now.graphs.ready(*step) for step in steps)
+
+    def get_ready(self, backup, found):
+        """Have these graphs recorded, but for the last, which comes by itself: fall back, needed or not, and pass an open gate."""
+        self.fall_back(backup, found)
+        self.opened.fill_(1)
+        self.wait_at_gate(found)
+        self.opened.fill_(0)
 
     def _fall_back(self, backup, found):
         hit, spec, spine = found[:, 0] > 0, self.spec, self.layout.spine
@@ -275,6 +299,7 @@ class Drafter:
 
     def keep(self, rows):
         """Go on with the sequences `rows` alone."""
+        self.mail = Mailbox(self.device, len(rows))
         self.sampler.keep(rows)
         self.cache.keep(rows)
         self.prefix_len, self.history = self.prefix_len[rows], self.history[rows]

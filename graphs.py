@@ -1,14 +1,19 @@
 """How steps run: as CUDA graphs, where a few hundred kernel launches become one; two of them side by side; and how their
 outcome gets to the host."""
 import contextlib
+import ctypes
+import itertools
 import operator
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch.utils import _pytree as pytree
 
-from kernels.gate import wait_at_gate
+from kernels import MAX_ROWS
+from kernels.mail import send
 
 
 def on(device):
@@ -109,34 +114,45 @@ class Graphs:
         return results
 
 
-class ReadBack:
-    """Brings a few numbers a round from the device to the host without stopping anybody but the reader.
+class Mailbox:
+    """What each run of a step leaves to the host: a few numbers a sequence, sent by the step itself (kernels/mail.py).
 
-    Tensors posted on a GPU are copied to pinned memory, `depth` rounds in turn, and an event says when they are there.
+    The host asks for a receipt whenever it has launched the step, so that both count alike.
     """
 
-    def __init__(self, depth):
-        self.buffers, self.at, self.depth = {}, 0, depth
+    DEPTH, WIDTH = 4, 2 * MAX_ROWS + 4          # runs that may be on their way; a line: its number, and a Target's report at most
+    FIRST = itertools.count(1 << 32, 1 << 32)   # no two boxes have a number in common: late mail to an old one is never taken for new
 
-    def post(self, *tensors):
-        """Returns a function that waits for the tensors (whatever their owner does with them next) and gives lists."""
-        if not tensors[0].is_cuda:
-            lists = [x.tolist() for x in tensors]
+    def __init__(self, device, rows):
+        self.device, self.rows, self.number = device, rows, next(self.FIRST)
+        if device.type == "cuda":
+            self.box = torch.zeros(self.DEPTH, rows, self.WIDTH, dtype=torch.int64, pin_memory=True)
+            self.words = (ctypes.c_int64 * self.box.numel()).from_address(self.box.data_ptr())
+            self.sent = torch.full((rows,), self.number, dtype=torch.int64, device=device)
+
+    def send(self, x):
+        """To be called in the step: x [rows, n] int64."""
+        if x.is_cuda:
+            send(x, self.box, self.sent)
+
+    def receipt(self, x):
+        """To be called once for each run of the step. Returns a function that waits for what this run sent, and gives lists."""
+        if not x.is_cuda:
+            lists = x.tolist()
             return lambda: lists
-        self.at = (self.at + 1) % self.depth
-        key = (self.at, *(tuple(x.shape) for x in tensors))
-        if key not in self.buffers:
-            self.buffers[key] = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors], torch.cuda.Event()
-        copies, event = self.buffers[key]
-        with on(tensors[0].device):
-            for copy, x in zip(copies, tensors):
-                copy.copy_(x, non_blocking=True)
-            event.record()
+        self.number += 1
+        return partial(self.wait_for, self.number, x.shape[1])
 
-        def wait():
-            event.synchronize()
-            return [copy.tolist() for copy in copies]
-        return wait
+    def wait_for(self, number, n):
+        words, first, lists = self.words, number % self.DEPTH * self.rows * self.WIDTH, []
+        for at in range(first, first + self.rows * self.WIDTH, self.WIDTH):
+            began = time.monotonic()
+            while words[at] != number:
+                if time.monotonic() > began + 1:                            # seldom: has the GPU failed?
+                    torch.cuda.current_stream(self.device).query()          # raises then
+                    began = time.monotonic()
+            lists.append(words[at + 1:at + 1 + n])
+        return lists
 
 
 class Beside:
@@ -146,14 +162,14 @@ class Beside:
     kernel that lets it pass at once if all sequences hit; else it waits until the backup has run, aside (`backing_up`).
     """
 
-    def __init__(self, device):
-        self.device, self.cuda = device, device.type == "cuda"
+    def __init__(self, drafter):
+        self.drafter, self.device, self.cuda = drafter, drafter.device, drafter.device.type == "cuda"
 
     def __enter__(self):
         if self.cuda:
             self.stream, self.aside = (torch.cuda.Stream(self.device, priority=FIRST) for _ in range(2))
             self.joined, self.passed = torch.cuda.Event(), torch.cuda.Event()
-            self.opened = torch.full((1,), 1, dtype=torch.int32, device=self.device).zero_()    # loads the kernel that opens it
+            self.drafter.opened.fill_(0)                                    # loads the kernel that opens it, too
         else:
             self.pool, self.threads = ThreadPoolExecutor(2), torch.get_num_threads()
         return self
@@ -161,7 +177,7 @@ class Beside:
     def __exit__(self, *_):
         if self.cuda:
             with torch.cuda.stream(self.aside):
-                self.opened.fill_(1)                                        # come what may, nobody stays at the gate
+                self.drafter.opened.fill_(1)                                # come what may, nobody stays at the gate
             for stream in self.stream, self.aside:
                 torch.cuda.current_stream(self.device).wait_stream(stream)
         else:
@@ -191,7 +207,7 @@ class Beside:
         """As `both`, to start where all sequences have hit (found [B, 2]) or a backup has run; target() and draft() are one graph
         each. Until that is known nobody may wait for the GPU, nor load a kernel."""
         self.joined.record(torch.cuda.current_stream(self.device))
-        wait_at_gate(found, self.opened)
+        self.drafter.wait_at_gate(found)
         return self.both(target, draft)
 
     @contextlib.contextmanager
@@ -203,7 +219,7 @@ class Beside:
         with torch.cuda.stream(self.aside):
             self.aside.wait_event(self.joined)
             yield
-            self.opened.fill_(1)
+            self.drafter.opened.fill_(1)
 
     def submit(self, work):
         @torch.inference_mode()

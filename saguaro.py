@@ -18,7 +18,7 @@ import torch
 import kernels
 from batch import Batch, Chunk, Options, Stats  # noqa: F401 (for callers)
 from draft import Drafter, Verdict
-from graphs import Beside, Graphs, cross, on
+from graphs import Beside, Graphs, Mailbox, cross, on
 from kernels.noise import ACCEPT, TARGET
 from model import KVCache, prefill
 from plan import Rest, choose_backup, make_plan, time_to_replan
@@ -89,26 +89,35 @@ class Target:
             self.graphs = Graphs(getattr(model, "graphs", False))
         self.cache = KVCache(model.config, batch_size, room, model.device, model.dtype)
         self.prefix_len = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
+        self.root = torch.zeros(batch_size, 1, dtype=torch.int64, device=model.device)      # what `decode` goes on from
+        self.mail = Mailbox(model.device, batch_size)                                       # brings a verify's report
 
     def start(self, prompts, sampler, stats):
         """Begin a request: prompts (lists of token ids), a sampler with its seeds, the stats to count in."""
         self.stats = stats
         self.sampler.seeds.copy_(sampler.seeds)
+        self.root.copy_(torch.tensor([prompt[-1:] for prompt in prompts]))
         with on(self.model.device):
             self.prefix_len.copy_(prefill(self.model, self.cache, prompts))
 
     def verify(self, tokens, q, tree, alone=False):
         """One forward over the tree, the accept rule, and the commit of the accepted path.
 
-        tokens [B, M+1], q [B, M+1, V] or None, here or on the draft's device. Returns the Verdict and `report` [B, 2K+5] for
-        the host: the tokens of the path, its nodes, k, bonus, and 1 where a drafted token was there to be rejected.
+        tokens [B, M+1], q [B, M+1, V] or None, here or on the draft's device. Returns the Verdict and a receipt of the report
+        [B, 2K+5]: the tokens of the path, its nodes, k, bonus, and 1 where a drafted token was there to be rejected.
         alone: no draft works beside it.
         """
         device = self.model.device
         with self.stats.span("verify", "target"), on(device):
             squeezed = alone and getattr(self.model, "ops", kernels.TORCH) not in (kernels.TORCH, kernels.TRITON)
             step = self._verify_alone if squeezed else self._verify
-            return self.graphs(step, cross(tokens, device), cross(q, device), tree.on(device))
+            verdict, report = self.graphs(step, cross(tokens, device), cross(q, device), tree.on(device))
+            return verdict, self.mail.receipt(report)
+
+    def decode(self, tree):
+        """Verify the root alone (`tree` is no more than it); the token behind it is the next root. Returns a receipt as `verify`."""
+        with self.stats.span("verify", "target"), on(self.model.device):
+            return self.mail.receipt(self.graphs(self._decode, tree))
 
     def can_verify(self, tokens, q, tree):
         """Whether `verify` would do nothing but replay a graph."""
@@ -131,7 +140,13 @@ class Target:
         report, src, dst = kernels.ops_for(tokens).settle(tokens, tree.parent, *verdict, self.prefix_len)
         if tree.depth:                                                      # else the root stands where it belongs
             self.cache.commit(src, dst)
+        self.mail.send(report)
         return verdict, report
+
+    def _decode(self, tree):
+        verdict, report = self._verify(self.root, None, tree)
+        self.root.copy_(verdict.bonus[:, None])
+        return report
 
     def _verify_alone(self, *args):
         """_verify by kernels that leave no room for a draft."""
@@ -144,9 +159,10 @@ class Target:
     def keep(self, rows):
         """Go on with the sequences `rows` alone."""
         self.graphs.clear()
+        self.mail = Mailbox(self.model.device, len(rows))
         self.sampler.keep(rows)
         self.cache.keep(rows)
-        self.prefix_len = self.prefix_len[rows]
+        self.prefix_len, self.root = self.prefix_len[rows], self.root[rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,15 +179,11 @@ def autoregressive(target_model, prompts, max_new_tokens, sampling, stop_ids=(),
     batch = Batch(target_model, prompts, max_new_tokens, sampling, stop_ids, seeds, stats)
     tree = Tree.chain(0, target_model.device)
     target, = batch.sides((Target, target_model, batch.length + 2))
-    root = batch.root
     batch.prefilled()
     while batch.live:
-        verdict, report = target.verify(root[:, None], None, tree)
-        batch.post(report)
-        root = verdict.bonus
+        batch.post(target.decode(tree))
         yield from batch.outcomes(tree)
-        if (rows := batch.drop_finished(target)) is not None:
-            root = root[rows]
+        batch.drop_finished(target)
 
 
 @torch.inference_mode()
@@ -219,7 +231,7 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
     batch.prefilled()
     drafter.speculate()                                                 # round 1: the speculation cache is empty
     glue, works, chunks, ahead, rest = False, True, None, None, Rest(options.rests)
-    with Beside(draft_model.device) as beside:
+    with Beside(drafter) as beside:
         while True:
             speculation = drafter.spec.tokens, drafter.spec.q, tree
             precompute = partial(drafter.precompute, glue)              # guess the outcomes, draft for each of them
@@ -229,8 +241,8 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
             if chunks:
                 yield chunks
             verdict, report = verified()
-            found = drafter.switch(verdict, drafted())
-            batch.post(report, found)
+            found, looked_up = drafter.switch(verdict, drafted())
+            batch.post(report, looked_up)
             backup = choose_backup(options, batch.stats, len(batch.live))
             replan = time_to_replan(options, batch, batch.stats.rounds + 1)     # one isn't counted yet
             ahead, covered = None, found is None
@@ -240,8 +252,8 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
                   and target.can_verify(*speculation)):
                 if drafter.can_go_on(backup, found):                # where all hit the next round follows at once
                     ahead = beside.ahead(partial(target.verify, *speculation), drafter.precompute, found)
-                else:                                               # its graph is recorded, needed or not, while nobody waits
-                    drafter.fall_back(backup, found)
+                else:                                               # while nobody waits
+                    drafter.get_ready(backup, found)
                     covered = True
             hits = batch.read_outcome(tree, drafter)
             # What is usual goes straight on to the next round, and is counted while that runs.

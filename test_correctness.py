@@ -537,7 +537,7 @@ def test_stats_are_what_the_trace_says(sampling, options, monkeypatch):
 
     def watch_switch(self, *args):
         result = switch(self, *args)
-        found.append([bool(hit) for hit, _ in result.tolist()])
+        found.append([bool(hit) for hit, _ in result[0].tolist()])
         return result
 
     def watch_prefill(*args):

@@ -16,7 +16,7 @@ import torch
 import graphs
 import kernels
 from errors import UserError
-from kernels import accept, commit, embed, gate, grow, head, launch, linear, settle, switch, tree_attention, tune
+from kernels import accept, commit, embed, gate, grow, head, launch, linear, mail, settle, switch, tree_attention, tune
 from kernels.finish import FIXED
 from layout import Layout
 from measure.timing import random_model
@@ -486,6 +486,37 @@ def test_who_waits_at_the_gate(hit):
     way.synchronize()
     passed.synchronize()
     assert mark.item() == 1 and opened.item() == hit
+
+
+def test_mail_matches_the_twin():
+    """Lines of several lengths, more of them than the box has room for."""
+    boxes = [torch.full((3, 2, 9), -1, dtype=torch.int64, pin_memory=CUDA) for _ in range(2)]
+    counts = [torch.full((2,), 7 << 32, dtype=torch.int64, device=device) for device in (DEVICE, "cpu")]
+    for n in 5, 8, 1, 2, 8:
+        x = torch.randint(1 << 40, (2, n), device=DEVICE)
+        mail.send(x, boxes[0], counts[0])
+        mail.send_ref(x.cpu(), boxes[1], counts[1])
+        if CUDA:
+            torch.cuda.synchronize()
+        assert torch.equal(*boxes) and torch.equal(counts[0].cpu(), counts[1]) and (boxes[0][:, :, 0] >= -1).all()
+
+
+@gpu_only
+def test_mailbox():
+    """Several receipts at once, in order; a step that a graph replays; another box's numbers are no good here."""
+    box, calls, x = graphs.Mailbox(torch.device(DEVICE), 3), graphs.Graphs(True), torch.zeros(3, 2, dtype=torch.int64, device=DEVICE)
+
+    class Step:
+        def run(self):
+            x.add_(1)
+            box.send(x)
+            return x
+    step = Step()
+    for _ in range(5):
+        receipts = [box.receipt(calls(step.run)) for _ in range(2)]
+        got = [receipt() for receipt in receipts]
+        assert got[1] == [[value + 1 for value in line] for line in got[0]] and len(got[0]) == 3 and len(got[0][0]) == 2
+    assert got[1] == [[10, 10]] * 3 and graphs.Mailbox(torch.device(DEVICE), 3).number >> 32 > box.number >> 32
 
 
 @pytest.mark.skipif(CUDA, reason="the loops run on these kernels there (test_correctness.py)")

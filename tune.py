@@ -172,7 +172,7 @@ def measure(target_model, draft_model, sampling=Sampling(), batch=1, context=256
     for share in [None, *shares(target_model)] if which is None else which:
         target, verify = side(share)
         target.stats = drafter.stats = Stats()
-        with Beside(draft_model.device) as beside:
+        with Beside(drafter) as beside:
             for number in range(WARM_UP + 2 * REPEATS):
                 if number == WARM_UP:
                     target.stats.timeline = Timeline(target=device, draft=draft_model.device)

@@ -10,11 +10,10 @@ from unittest.mock import patch
 
 import torch
 
-import batch as batching
 from batch import Options, Stats
 from bench import Contestant, compare
 from generate import MODES, WEIGHTS
-from graphs import Graphs, ReadBack
+from graphs import Graphs, Mailbox
 from measure.timing import random_model
 from model import Llama
 from pad import pad, trim
@@ -91,20 +90,17 @@ def storm(pair, args):
            dict(ratio=ratio, seconds=seconds, tokens=tokens, rounds=total["rounds"], left_out=total["left_out"]))
 
 
-class TimedReadBack(ReadBack):
-    """Knows how long the host has waited for outcomes: the rest of a round's time is its own."""
+WAITED = [0.0]                      # seconds that the host has waited for outcomes: the rest of a round's time is its own
 
-    waited = 0.0
 
-    def post(self, *tensors):
-        wait = super().post(*tensors)
-
-        def timed():
-            began = time.perf_counter()
-            lists = wait()
-            TimedReadBack.waited += time.perf_counter() - began
-            return lists
-        return timed
+def timed(wait_for):
+    """Mailbox.wait_for that says how long it took."""
+    def wrapper(*args):
+        began = time.perf_counter()
+        lists = wait_for(*args)
+        WAITED[0] += time.perf_counter() - began
+        return lists
+    return wrapper
 
 
 def host(pair, args):
@@ -112,10 +108,10 @@ def host(pair, args):
     share = at_8b_cost(pair, args, right=True)
     stats, sampling, own, before = Stats(), Sampling(), [], None
     request = [pair.target.run_with(share=share), pair.draft], pair.prompts[:1], args.new, sampling, Options()
-    with patch.object(batching, "ReadBack", TimedReadBack):
+    with patch.object(Mailbox, "wait_for", timed(Mailbox.wait_for)):
         for models, *rest in [request] * 3:                             # the later ones on the first one's graphs
             for number, _ in enumerate(MODES["ssd"](*models, *rest, stats=stats)):
-                now = time.perf_counter(), TimedReadBack.waited, Graphs.slow
+                now = time.perf_counter(), WAITED[0], Graphs.slow
                 if number > 3 and now[2] == before[2]:
                     own.append(now[0] - before[0] - (now[1] - before[1]))
                 before = now

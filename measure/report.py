@@ -161,6 +161,10 @@ def tried_table(result):
                                              "sd tok/s", "ssd tok/s"], rows)
 
 
+def plain_table(result):
+    return result["what"] + ".\n\n" + table(result["head"], result["rows"])
+
+
 def accept_table(result):
     holds = {True: "yes", False: "NO", None: "-"}
     rows = [[check["check"], holds[check["ok"]], check["line"]] for check in result["checks"]]
@@ -168,7 +172,7 @@ def accept_table(result):
 
 
 KINDS = {"accept": accept_table, "speed": speed_table, "steps": steps_table, "kernels": kernels_table, "predict": predict_table,
-         "speculation": speculation_table, "tried": tried_table}
+         "speculation": speculation_table, "tried": tried_table, "plain": plain_table}
 
 
 def tables(result):

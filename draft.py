@@ -276,7 +276,7 @@ class Drafter:
         return all(self.now.graphs.ready(*step) for step in steps)
 
     def get_ready(self, backup, found):
-        """Have these graphs recorded, but for the last, which comes by itself: fall back, needed or not, and pass an open gate."""
+        """Have the graphs recorded that `can_go_on` asks for, but for precompute's: fall back, needed or not, and pass an open gate."""
         self.fall_back(backup, found)
         self.opened.fill_(1)
         self.wait_at_gate(found)

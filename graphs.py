@@ -6,6 +6,7 @@ import itertools
 import operator
 import os
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -121,12 +122,14 @@ class Mailbox:
     """
 
     DEPTH, WIDTH = 4, 2 * MAX_ROWS + 4          # runs that may be on their way; a line: its number, and a Target's report at most
-    FIRST = itertools.count(1 << 32, 1 << 32)   # no two boxes have a number in common: late mail to an old one is never taken for new
+    FIRST = itertools.count(1 << 32, 1 << 32)   # no two boxes have a number in common
+    KEPT = deque(maxlen=64)                     # the latest boxes, for late mail: torch doesn't know that a kernel writes there
 
     def __init__(self, device, rows):
         self.device, self.rows, self.number = device, rows, next(self.FIRST)
         if device.type == "cuda":
             self.box = torch.zeros(self.DEPTH, rows, self.WIDTH, dtype=torch.int64, pin_memory=True)
+            self.KEPT.append(self.box)
             self.words = (ctypes.c_int64 * self.box.numel()).from_address(self.box.data_ptr())
             self.sent = torch.full((rows,), self.number, dtype=torch.int64, device=device)
 

@@ -120,7 +120,7 @@ class Target:
             return self.mail.receipt(self.graphs(self._decode, tree))
 
     def can_verify(self, tokens, q, tree):
-        """Whether `verify` would do nothing but replay a graph."""
+        """Whether `verify` would do nothing but replay a graph. Never where tokens come from a draft on another GPU."""
         return self.graphs.ready(self._verify, tokens, q, tree)
 
     def _verify(self, tokens, q, tree):
@@ -252,7 +252,7 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
                   and target.can_verify(*speculation)):
                 if drafter.can_go_on(backup, found):                # where all hit the next round follows at once
                     ahead = beside.ahead(partial(target.verify, *speculation), drafter.precompute, found)
-                else:                                               # while nobody waits
+                else:                                               # recorded, needed or not, while nobody waits
                     drafter.get_ready(backup, found)
                     covered = True
             hits = batch.read_outcome(tree, drafter)

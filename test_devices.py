@@ -85,7 +85,7 @@ def two_sides(monkeypatch):
     def started(start):
         def wrapper(self, *args):
             start(self, *args)
-            for name in {"prefix_len", "history"} & vars(self).keys():      # what follows from these is on their side too
+            for name in {"prefix_len", "history", "root"} & vars(self).keys():      # what follows from these is on their side too
                 setattr(self, name, getattr(self, name).as_subclass(type(self.model.embed)))
         return wrapper
     for kind in (draft.Drafter, saguaro.Target):

@@ -1,4 +1,4 @@
-"""Mail to the host: the last kernel of a step writes what the host must know into the host's own memory.
+"""Mail to the host: a kernel at the end of a step writes what the host must know into the host's own memory.
 
 So the step's CUDA graph does it all. A copy and an event behind each step would cost the host 40 us and more, half of the round
 of a small model. Every line of the box has a number; it is written last, and the host looks until it is the one that it expects.
@@ -12,8 +12,8 @@ from kernels.launch import launch_options, pdl, wait_for_inputs
 
 
 def send_ref(x, box, sent):
-    """Write x [B, n] into box [DEPTH, B, 1 + at least n], both int64: into the lines sent % DEPTH, behind the number `sent`, once
-    sent [B] is one more."""
+    """Count sent [B] up, then write x [B, n] into the lines sent % DEPTH of box [DEPTH, B, 1 + at least n], behind that number; all
+    int64."""
     sent += 1
     rows, n = torch.arange(len(x), device=x.device), x.shape[1]
     box[sent % len(box), rows, 1:1 + n] = x
@@ -39,6 +39,7 @@ def send_kernel(x_ptr, box_ptr, sent_ptr, n, WIDTH: tl.constexpr, DEPTH: tl.cons
 
 def send(x, box, sent):
     """As send_ref; on a GPU box is in pinned memory."""
+    assert x.shape[1] < box.shape[2]
     send_kernel[(len(x),)](x.contiguous(), box, sent, x.shape[1], box.shape[2], box.shape[0],
                            triton.next_power_of_2(x.shape[1]), x.is_cuda, PDL=pdl(x.device), num_warps=1,
                            **launch_options(x.device))

@@ -18,6 +18,7 @@ MAX_NODES = MAX_ROWS - 1        # drafted tokens in a tree: with its root as man
 NOTHING = contextlib.nullcontext()
 SLOTS = 512                     # cache slots come in multiples of it, so that requests of like length are of one kind
 IDLE = 4                        # requests whose sides a target model keeps for later ones
+FANOUTS = "uniform", "geometric", "auto", "confident"       # the last: where this round's draft is unsure (kernels/outcomes.py)
 MAX_BUDGET = 1024               # outcomes guessed per sequence and round; each is a tree of its own in all forwards but one
 
 
@@ -25,7 +26,7 @@ MAX_BUDGET = 1024               # outcomes guessed per sequence and round; each 
 class Options:
     k: int = 6                      # lookahead of a chain, greatest depth of a tree of N nodes
     tree: str | None = None         # None: a chain; "4,2,1,1": children per depth; "32": the best tree of 32 nodes
-    fanout: str = "geometric"       # "uniform" | "geometric" | "auto"
+    fanout: str = "confident"       # one of FANOUTS
     fanout_budget: int = 16         # outcomes guessed per sequence and round
     saguaro_c: float = 1.0
     accept: str = "coupled"         # "coupled" | "residual"
@@ -41,7 +42,7 @@ class Options:
             (not 1 <= self.fanout_budget <= MAX_BUDGET,
              f"--fanout-budget must lie in 1..{MAX_BUDGET}, got {self.fanout_budget}"),
             (not 0 <= self.saguaro_c <= 1, f"--saguaro-c (C) must lie in [0, 1], got {self.saguaro_c}"),
-            (self.fanout not in ("uniform", "geometric", "auto"), f"unknown fan-out '{self.fanout}'"),
+            (self.fanout not in FANOUTS, f"unknown fan-out '{self.fanout}'"),
             (self.accept not in ("coupled", "residual"), f"unknown accept rule '{self.accept}'"),
             (self.backup not in ("neural", "fast", "auto"), f"unknown backup '{self.backup}'"),
         ):
@@ -51,6 +52,10 @@ class Options:
     def residual(self, sampler):
         """Whether rejection sampling is at work: greedy decoding has nothing to sample."""
         return self.accept == "residual" and not sampler.greedy
+
+    def by_round(self):
+        """Whether each round chooses its outcomes by itself. Saguaro sampling, of `residual`, must know F beforehand."""
+        return self.fanout == "confident" and self.accept == "coupled"
 
     def most_nodes(self):
         """Most nodes of a tree, its root included."""
@@ -127,16 +132,16 @@ class Stats:
         count, total = table.get(key, (0, 0))
         table[key] = [count + 1, total + amount]
 
-    def count_choices(self, tree, path, guesses, branch_choice):
+    def count_choices(self, tree, path, guesses, choice):
         """Which choice of the draft the target took after each node of an accepted path.
 
-        A node shows its children and, in SSD, the guesses behind them (guesses[node] of them); branch_choice: which
-        guess the bonus token was, if it was any.
+        The last node shows its children and, in SSD, so many guesses behind them; choice: which of these the bonus token was, if
+        it was any. Where one was taken all the others weren't.
         """
         for node, child in zip(path, path[1:] + [None]):
-            taken = tree.ranks[child] if child is not None else \
-                None if branch_choice is None else tree.n_children[node] + branch_choice
-            for r in range(min(tree.n_children[node] + guesses[node], len(self.choices))):
+            taken = tree.ranks[child] if child is not None else None if choice is None else tree.n_children[node] + choice
+            known = len(self.choices) if taken is not None else tree.n_children[node] + guesses
+            for r in range(min(known, len(self.choices))):
                 self.choices[r][0] += 1
                 self.choices[r][1] += r == taken
 
@@ -273,7 +278,7 @@ class Batch:
         self.read += 1
         hits, lines = [], []
         for row, line in enumerate(report):
-            hit, branch = found[row] if found else (0, 0)
+            hit, _, *guesses = found[row] if found else (0, 0, 0, 0)
             hits.append(bool(hit))
             if not self.left[row]:                  # ended in the round before, when this one ran already
                 continue
@@ -282,7 +287,7 @@ class Batch:
             cut = next((j + 1 for j, token in enumerate(new) if token in self.stop_ids), len(new))
             cut = min(cut, self.left[row])
             self.left[row] = 0 if new[cut - 1] in self.stop_ids else self.left[row] - cut
-            lines.append((self.live[row], self.sources[row], new[:cut], path[:k + 1], rejected_one, hit, branch,
+            lines.append((self.live[row], self.sources[row], new[:cut], path[:k + 1], rejected_one, hit, guesses,
                           self.left[row] > 0))
         self.uncounted = lines, tree, self.kind, drafter if found else None     # a round of SD: nothing was looked up
         return hits
@@ -293,7 +298,7 @@ class Batch:
             return []
         (lines, tree, kind, drafter), self.uncounted, stats = self.uncounted, None, self.stats
         chunks, lookups = [], []
-        for sequence, source, tokens, path, rejected_one, hit, branch, goes_on in lines:
+        for sequence, source, tokens, path, rejected_one, hit, (choice, guesses), goes_on in lines:
             k, node = len(path) - 1, path[-1]
             origin = "accepted-hit" if source == "hit" else "accepted-miss"
             chunks.append(Chunk(sequence, tokens, ([origin] * k + ["bonus"])[:len(tokens)]))
@@ -301,12 +306,11 @@ class Batch:
             stats.accepted += k
             stats.tested += k + rejected_one
             stats.add(stats.sources, source, k + 1)
-            guesses = [0] * tree.size if drafter is None else drafter.layout.counts
             if source != "fast":                    # only then are the tree's tokens the draft's choices
                 stats.stops[node] = stats.stops.get(node, 0) + 1
-                stats.count_choices(tree, path, guesses, drafter.layout.branch_choice[branch] if hit else None)
+                stats.count_choices(tree, path, guesses, choice if hit else None)
             if drafter is not None and goes_on:
-                stats.add(stats.misses, guesses[node], not hit)
+                stats.add(stats.misses, guesses, not hit)
                 lookups.append(bool(hit))
             if stats.trace is not None:             # `accepted` is what was verified, `tokens` what was given out of it
                 stats.trace.append(dict(round=stats.rounds, sequence=sequence, source=source, accepted=k, node=node,

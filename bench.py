@@ -56,7 +56,7 @@ from measure.speculation import speculation
 from measure.timing import Step, card, model_bytes, random_cache, random_model, seconds_of, step_bytes
 from model import LlamaConfig
 from shapes import SHAPES
-from timeline import Timeline, hidden_share, host_wait
+from timeline import Timeline, host_wait
 from tune import choose, describe, find, shares, usual_share
 
 COUNTED = "tokens", "seconds", "rounds", "sequence_rounds", "accepted", "tested", "hits", "lookups", "batch_hits", "batch_lookups"
@@ -167,14 +167,14 @@ def spread_over(things, n):
 
 
 def watched(contestant, groups):
-    """Run sd or ssd once more with the time of each step taken: where a round goes, and for ssd what the target waits for the
-    host after a hit, and the draft's hidden share."""
+    """Run sd or ssd once more with the time of each step taken: (where a round goes, for ssd what the target waits for the host
+    after a hit)."""
     contestant.stats.timeline = Timeline(target=contestant.pair.target.device, draft=contestant.pair.draft.device)
     for first in spread_over(range(len(groups)), WARM_UP):
         contestant.stats.timeline.next_text()
         contestant.run(groups[first], list(range(first * len(groups[first]), (first + 1) * len(groups[first]))))
     spans, contestant.stats.timeline = contestant.stats.timeline.spans(), None
-    return dict(host=host_wait(spans), hidden=hidden_share(spans), split=split(spans, SETTLE))
+    return split(spans, SETTLE), host_wait(spans)
 
 
 def spread(values):
@@ -313,8 +313,8 @@ def speed(args):
                 if pair.draft is not None and size == 1 and args.options.tree is None:
                     stats = contestants["ssd"].stats
                     head["parts"], head["model"] = parts(pair, stats, args.sampling, args.options, int(middle), share)
-                    head["parts"] |= {name: seen["ssd"][name] for name in ("host", "hidden")}
-                head["split"] = {label: s["split"] | dict(hidden=s["hidden"]) for label, s in seen.items() if s["split"]}
+                    head["parts"]["host"] = seen["ssd"][1]
+                head["split"] = {label: where for label, (where, _) in seen.items() if where}
                 print("\n".join(report.mode_lines(head)), flush=True)
                 results.append(head)
                 result = dict(command=args.command, kind="speed", card=machine, runs=results)

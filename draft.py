@@ -19,6 +19,7 @@ import torch
 
 import kernels
 from graphs import FIRST, Graphs, Mailbox, cross, on
+from kernels import MAX_ROWS
 from kernels.gate import wait_at_gate
 from kernels.noise import DRAFT
 from layout import Layout
@@ -31,9 +32,10 @@ class Speculation(NamedTuple):
     tokens: torch.Tensor                    # [B, M+1]: root first; -1 is an empty node, which is never accepted
     guesses: torch.Tensor | None = None     # [B, M+1, F]: best next tokens after each node that aren't its children
     q: torch.Tensor | None = None           # [B, M+1, V]: what the children were sampled from (`residual` only)
+    odds: tuple | None = None               # log-chances of the guesses [B, M+1, F] and of each node behind its parent [B, M+1]
 
     def map(self, f):
-        return Speculation(*(None if x is None else f(x) for x in self))
+        return Speculation(*(None if x is None else tuple(map(f, x)) if isinstance(x, tuple) else f(x) for x in self))
 
 
 class Verdict(NamedTuple):
@@ -44,8 +46,8 @@ class Verdict(NamedTuple):
 
 
 class SpeculationCache(NamedTuple):
-    """What the draft prepared for the coming outcome: branch i of a sequence answers (nodes[i], roots[b, i]), its root."""
-    nodes: torch.Tensor                     # [N]
+    """What the draft prepared for the coming outcome: branch i of a sequence answers (nodes[b, i], roots[b, i]), its root."""
+    nodes: torch.Tensor                     # [B, N]
     roots: torch.Tensor                     # [B, N]
     branches: Speculation                   # [B, N, ...], of whose tokens node 0 isn't filled in
 
@@ -75,6 +77,7 @@ class Drafting:
 
 
 PLANS = 8               # a Drafter keeps so many of them, with their graphs
+SHARP = 1.5             # how sure the draft is, softmax(SHARP * logits): as it found the most outcomes with three drafts (README)
 
 
 class Drafter:
@@ -84,6 +87,8 @@ class Drafter:
         """room: cache slots for prompt, new tokens and speculation. Not ready before `start` and `plan`."""
         self.model, self.device, self.options = model, model.device, options
         self.sampler, self.residual = sampler.on(model.device), options.residual(sampler)
+        self.confident = options.fanout == "confident" and not self.residual
+        self.sharp = SHARP * (sampler.temperature or 1.0)                   # of scores, which are logits / temperature
         self.cache = KVCache(model.config, batch_size, room, model.device, model.dtype)
         new = lambda *shape: torch.zeros(shape, dtype=torch.int64, device=model.device)
         self.prefix_len, self.history = new(batch_size), new(batch_size, room)      # history: the text so far, target ids
@@ -115,7 +120,7 @@ class Drafter:
         if drafting is None:
             with on(self.device):
                 graphs = Graphs(getattr(self.model, "graphs", False), FIRST)
-                layout = Layout(tree, fan_out, self.device)
+                layout = Layout(tree, fan_out, self.device, self.confident)
                 spec = self.blank(layout)
                 twin = next((other.spec for other in self.drafting.values() if other.layout.tree == tree), spec)
                 # The target's graphs of a tree read tokens and q where they are, so all its plans keep them there.
@@ -142,22 +147,25 @@ class Drafter:
         tokens = self.prefix_len.new_empty(shape)                           # int64, on this side
         if self.residual:
             q = self.prefix_len.new_zeros(*shape, c.target_vocab_size or c.vocab_size, dtype=torch.float32)
-        return Speculation(tokens, self.prefix_len.new_full((*shape, layout.width), -1), q)
+        guesses, odds = self.prefix_len.new_full((*shape, layout.width), -1), None
+        if layout.branching is not None:
+            odds = tuple(torch.empty(x.shape, device=self.device) for x in (guesses, tokens))
+        return Speculation(tokens, guesses, q, odds)
 
     # -- one forward --------------------------------------------------------------------------------------------------
 
     def choices(self, hidden, positions, level):
         """What the draft would put at positions [B, T], given hidden [B, T, dim], in its own ids.
 
-        Returns ranked [B, T, the level's n_ranked], the most likely tokens, for the outcome guesses; drawn [B, T, at least its
-        n_choices], its first, second, ... choice for the tree; and q [B, T, V] in target ids, which these were drawn from
-        (residual only). Greedy and coupled draw the best under the sampler's scores, residual draws from q_C without
-        replacement (Gumbel top-k) with noise of its own.
+        Returns ranked [B, T, the level's n_ranked], the most likely tokens, for the outcome guesses, and their scores (None for
+        residual); drawn [B, T, at least its n_choices], its first, second, ... choice for the tree; and q [B, T, V] in target ids,
+        which these were drawn from (residual only). Greedy and coupled draw the best under the sampler's scores, residual draws
+        from q_C without replacement (Gumbel top-k) with noise of its own.
         """
         ids = self.target_ids
         if not self.residual:
-            ranked = self.sampler.choose(self.model, hidden, positions, level.n_ranked, ids)
-            return ranked, ranked, None
+            ranked, scores = self.sampler.rank(self.model, hidden, positions, level.n_ranked, ids)
+            return ranked, scores, ranked, None
         logits = self.model.logits(hidden)                                  # [B, T, V_draft]
         if ids is not None:
             logits = logits.masked_fill(ids < 0, -torch.inf)
@@ -169,12 +177,12 @@ class Drafter:
         ranked = logits.topk(min(level.n_ranked, logits.shape[-1])).indices
         if ids is not None:
             q = q.new_zeros(*q.shape[:-1], self.model.config.target_vocab_size).index_copy(-1, ids[1:], q[..., 1:])
-        return ranked, drawn, q
+        return ranked, None, drawn, q
 
     def grow(self, spec, fed, forwards, known=None):
         """Draft R trees side by side, one forward a depth for all of them together, into spec ([B, R, ...] fields).
 
-        fed [B, T]: the tokens of the first forward, in target ids; forwards: (level, rows) in turn, from the layout. known
+        fed [B, T]: the tokens of the first forward, in target ids; forwards: (level, rows, ancestors) in turn. known
         [B] bool: sequences whose tokens all stand there; for them this only fills the KV cache and renews the guesses. The
         roots aren't written, and the deepest nodes, which nobody has fed yet, have no guesses. A node has as many guesses as its
         fan-out says, or fewer where the draft knows no more tokens; what is behind them, -1 at first, is no guess.
@@ -185,12 +193,12 @@ class Drafter:
         ops = kernels.ops_for(fed)
         if self.target_ids is not None:
             fed = self.draft_ids[fed]                                       # an empty node, -1, may read as any token
-        for level, (positions, ahead, slots) in forwards:
-            hidden = self.model(fed, positions, slots, self.prefix_len, level.ancestors, self.cache)
+        for level, (positions, ahead, slots), ancestors in forwards:
+            hidden = self.model(fed, positions, slots, self.prefix_len, ancestors, self.cache)
             T = len(level.fan_out)                                          # rows of the level: a refeed has one more in front
-            ranked, drawn, q = self.choices(hidden[:, -T:].contiguous(), ahead[:, -T:], level)
+            ranked, scores, drawn, q = self.choices(hidden[:, -T:].contiguous(), ahead[:, -T:], level)
             fed = ops.grow(spec.tokens, spec.guesses, ranked, drawn, known, self.tree.children, level.nodes, level.below,
-                           self.target_ids, self.draft_ids)
+                           self.target_ids, self.draft_ids, spec.odds, scores, self.sharp)
             if spec.q is not None:
                 old = spec.q[:, :, level.nodes]                             # [B, R, w, V]
                 new = q.view(old.shape)
@@ -215,36 +223,45 @@ class Drafter:
         """While the target verifies self.spec: guess the outcomes and draft a speculation for each, K + 1 forwards.
 
         The first forward feeds the deepest nodes, the only ones drafting hasn't fed, so that outcomes behind them can
-        be guessed too. glue: feed every node instead, because some speculation wasn't drafted by this model.
+        be guessed too; then the outcomes are chosen. glue: feed every node instead, because some speculation wasn't drafted by this model.
         Returns a SpeculationCache.
         """
         self.stats.draft_forwards += self.tree.depth + 1
         return self.run("draft", self._precompute, glue)
 
     def _precompute(self, glue):
-        layout = self.layout
-        (level, rows), *deeper = (layout.glued if glue else layout.ahead).behind(self.prefix_len)
+        layout, B = self.layout, len(self.prefix_len)
+        first, *deeper = (layout.glued if glue else layout.ahead).behind(self.prefix_len)
         known = torch.ones_like(self.prefix_len, dtype=torch.bool) if glue else None
         trunk = self.trunk._replace(q=None)                                 # the target reads tokens and q just now
-        self.grow(trunk, self.spec.tokens[:, level.nodes], [(level, rows)], known)
-        roots = self.spec.guesses.flatten(1).index_select(1, layout.guesses)    # [B, N]
-        branches = self.blank(layout, len(layout.guesses))
+        self.grow(trunk, self.spec.tokens[:, first[0].nodes], [first], known)
+        if layout.branching is None:
+            nodes = layout.nodes.repeat(B, 1)                               # [B, N]
+            roots = self.spec.guesses.flatten(1).index_select(1, layout.guesses)
+        else:
+            # The ancestors that come of it must suit the model's own ops; too many rows are for plain torch.
+            widest = max(level.rows.shape[1] for level in layout.branching.levels)
+            ops = getattr(self.model, "ops", kernels.TORCH) if widest <= MAX_ROWS else kernels.TORCH
+            nodes, roots, deeper = ops.outcomes(self.spec.guesses, self.spec.odds, self.prefix_len, self.tree, layout.branching)
+        branches = self.blank(layout, nodes.shape[1])
         self.grow(branches, roots, deeper)
-        return SpeculationCache(layout.nodes, roots, branches)
+        return SpeculationCache(nodes, roots, branches)
 
     def switch(self, verdict, cache=None):
         """Look the outcome up; commit the accepted path and, on a hit, the branch as the new trunk: one move of KV rows.
 
-        The branch becomes self.spec (of those that missed only the root counts). Returns found [B, 2]: hit (0 or 1), branch; and
-        a receipt of it. cache: a SpeculationCache; None (SD) if nothing was prepared: then only the path is committed, and both
-        are None.
+        The branch becomes self.spec (of those that missed only the root counts). Returns found [B, 4], hit (0
+        or 1) first (the rest: kernels/switch.py), and a receipt of it. cache: a SpeculationCache; None (SD) if nothing was prepared:
+        then only the path is committed, and both are None.
         """
         found = self.run("commit" if cache is None else "join", self._switch, cross(verdict, self.device), cache)
         return found, None if found is None else self.mail.receipt(found)
 
     def _switch(self, verdict, cache):
-        spec, outcomes = self.spec, cache and (cache.nodes, cache.roots, *cache.branches[:2])
-        found, src, dst = kernels.ops_for(spec.tokens).switch(*verdict, *spec[:2], self.history, self.prefix_len, outcomes)
+        spec, branches = self.spec, cache and cache.branches
+        outcomes = cache and (cache.nodes, cache.roots, branches.tokens, branches.guesses, branches.odds)
+        found, src, dst = kernels.ops_for(spec.tokens).switch(*verdict, spec.tokens, spec.guesses, spec.odds, self.history,
+                                                              self.prefix_len, outcomes)
         self.cache.commit(src, dst)
         if cache is not None and spec.q is not None:
             spec.q.copy_(cache.branches.q[torch.arange(len(found), device=self.device), found[:, 1]])

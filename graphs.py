@@ -207,7 +207,7 @@ class Beside:
         return lambda: verified, join
 
     def ahead(self, target, draft, found):
-        """As `both`, to start where all sequences have hit (found [B, 2]) or a backup has run; target() and draft() are one graph
+        """As `both`, to start where all sequences have hit (found [B, 4]) or a backup has run; target() and draft() are one graph
         each. Until that is known nobody may wait for the GPU, nor load a kernel."""
         self.joined.record(torch.cuda.current_stream(self.device))
         self.drafter.wait_at_gate(found)

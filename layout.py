@@ -23,7 +23,7 @@ class Level:
 
 
 class Forwards:
-    """Levels that are fed one after the other."""
+    """Levels that are fed one after the other; everything about them but the prefix is known."""
 
     def __init__(self, levels):
         even = [F.pad(level.rows, (0, level.rows.shape[1] % 2)) for level in levels]    # 16 bytes: where the address isn't
@@ -31,18 +31,47 @@ class Forwards:
         self.rows = torch.cat([rows.flatten() for rows in even])                        # its kernels once more
 
     def behind(self, prefix_len):
-        """A list of (level, its rows [3][B, T] behind prefix_len [B]), by one op; in a batch one more each lines them up."""
+        """A list of (level, its rows [3][B, T] behind prefix_len [B], its Ancestors), by one op; in a batch one more each lines
+        them up."""
         rows = (prefix_len[:, None] + self.rows).split(self.widths, 1)
         rows = [x.unflatten(1, (3, -1)).transpose(0, 1)[..., :level.rows.shape[1]] for level, x in zip(self.levels, rows)]
-        return list(zip(self.levels, rows if len(prefix_len) == 1 else [x.contiguous() for x in rows]))
+        rows = rows if len(prefix_len) == 1 else [x.contiguous() for x in rows]
+        return [(level, x, level.ancestors) for level, x in zip(self.levels, rows)]
+
+
+GUESSES = 4             # tokens a node that are kept as likely outcomes, of which the likeliest of all nodes get a branch
+ALIGNED = 4             # rows to which levels are filled up in the kernel's tables: 16 bytes of anything
+
+
+class Branching:
+    """N branches behind outcomes that are chosen in each round (kernels/outcomes.py): what doesn't depend on the choice."""
+
+    def __init__(self, tree, levels, N):
+        """levels: the Levels of N branches that see nothing of the trunk."""
+        self.N, self.levels, self.starts, lines, device = N, levels, [], [], tree.mask.device
+        for level in levels:
+            (own, _, slot), slots, start, T = level.rows, level.ancestors.slots, sum(map(len, lines)), level.rows.shape[1]
+            self.starts.append(start)
+            branch = torch.arange(T, device=device) // (T // N)
+            table = torch.stack([torch.full_like(own, start), torch.full_like(own, T), branch, own, slot], 1)
+            table = torch.cat([table, F.pad(slots.long(), (0, tree.depth - slots.shape[1]))], 1)
+            lines.append(F.pad(table, (0, 0, 0, -T % ALIGNED)))
+        # [rows, 5 + K] int32: where the row's level starts and how many rows it has, its branch, its depth and slot in there, and
+        # the slots of the branch that it sees; rows of zeros fill a level up
+        self.table = torch.cat(lines).to(torch.int32)
+        self.paths = tree.ancestors.slots.contiguous()                      # [M+1, K+1] int32: the path to each node, root first
 
 
 class Layout:
     """Drafting `tree` at the trunk and, with a fan-out, behind every outcome (node, f < fan_out[node])."""
 
-    def __init__(self, tree, fan_out, device):
-        """fan_out: F_node for each node of the tree, or None where only speculations are wanted (SD)."""
+    def __init__(self, tree, fan_out, device, confident=False):
+        """fan_out: F_node for each node of the tree, or None where only speculations are wanted (SD). confident: only its sum N
+        counts, and each round chooses where they go."""
         tensor = lambda x: torch.tensor(x, device=device)
+        N, self.branching = sum(fan_out or ()), None
+        if confident and fan_out:
+            fan_out = [max(GUESSES, -(-N // tree.size))] * tree.size
         self.tree, self.counts = tree, fan_out or [0] * tree.size           # F_node
         self.width = max(self.counts)                                       # F: guesses kept per node
         self.fan_out = tensor(self.counts)
@@ -57,13 +86,17 @@ class Layout:
             spine.append(tree.first_child[spine[-1]])
         self.spine = tensor(spine)
         if fan_out:
+            leaves = self.level(tree.levels[-1], [], 0, alone)
+            every = self.level(range(tree.size), range(1, tree.size), 0, alone)
+        if fan_out and confident:
+            unseen = torch.zeros(N, tree.size, dtype=torch.bool, device=device)
+            self.branching = Branching(tree, self.levels(tree.size, unseen), N)
+            self.ahead, self.glued = Forwards([leaves]), Forwards([every])
+        elif fan_out:
             outcomes = [(node, f) for node in range(tree.size) for f in range(fan_out[node])]
             self.nodes = tensor([node for node, _ in outcomes])             # [N]
             self.guesses = tensor([node * self.width + f for node, f in outcomes])      # [N] in guesses [M+1, F], flat
-            self.branch_choice = [f for _, f in outcomes]
             branches = self.levels(tree.size, tree.mask[self.nodes])
-            leaves = self.level(tree.levels[-1], [], 0, alone)
-            every = self.level(range(tree.size), range(1, tree.size), 0, alone)
             self.ahead, self.glued = Forwards([leaves, *branches]), Forwards([every, *branches])
 
     def levels(self, base, sees):

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 import kernels
 from errors import UserError
+from kernels.tree_attention import sequences
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -223,16 +224,16 @@ class Llama(nn.Module):
         """One step over a token tree; writes the new tokens' K and V into `cache`.
 
         tokens, positions, slots [B, T] int64: token ids (-1, an empty tree node, reads as 0), RoPE positions (depth in
-        the text), cache slots (storage). prefix_len [B] int64. mask [T, S] bool, or kernels.Ancestors.of it: new token t
-        sees speculative slot j, i.e. cache slot prefix_len + j, besides the whole prefix; parents stand before their
-        children, and no token sees a slot above its step's highest.
+        the text), cache slots (storage). prefix_len [B] int64. mask [T, S] bool, or kernels.Ancestors.of it, or Ancestors of
+        each sequence: new token t sees speculative slot j, i.e. cache slot prefix_len + j, besides the whole prefix; parents
+        stand before their children, and no token sees a slot above its step's highest.
         end: a host-side bound on the slots in use, if the caller knows one. Returns hidden [B, T, dim], after the final norm.
         """
         B, T = tokens.shape
         if self.ops is not kernels.TORCH and T <= kernels.MAX_ROWS < B * T:
             # More rows than the kernels take: as many sequences at a time as fit, and each computes what it would alone.
             n = kernels.MAX_ROWS // T
-            return torch.cat([self(*(x[i:i + n] for x in (tokens, positions, slots, prefix_len)), mask,
+            return torch.cat([self(*(x[i:i + n] for x in (tokens, positions, slots, prefix_len)), sequences(mask, i, i + n),
                                    cache.part(i, i + n), end) for i in range(0, B, n)])
         if end is None:     # looking costs a sync on the GPU; there the whole capacity is the bound
             end = cache.capacity if tokens.is_cuda else int(slots.max()) + 1

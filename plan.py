@@ -93,11 +93,11 @@ def make_plan(options, stats, draft_model, old=None):
     if options.fanout == "uniform":
         stop, r = [1.0] * tree.size, 0.0
     else:
-        stop = tree.stop_probability(accept) if options.fanout == "geometric" else stats.stop_probability(tree)
+        stop = stats.stop_probability(tree) if options.fanout == "auto" else tree.stop_probability(accept)
         r = stats.miss_exponent()
     fan = fan_out(stop, r, options.fanout_budget, vocab_size - 1 - max(tree.n_children))
     misses = lambda fan: sum(p * max(F, 0.5) ** -r for p, F in zip(stop, fan))
-    if old is not None and tree is old[0] and misses(old[1]) - misses(fan) < WORTHWHILE:
+    if old is not None and tree is old[0] and (options.by_round() or misses(old[1]) - misses(fan) < WORTHWHILE):
         fan = old[1]
     return tree, fan
 
@@ -107,7 +107,7 @@ def time_to_replan(options, batch, rounds):
     if rounds < batch.replan_at:
         return False
     batch.replan_at = power_of_two_above(rounds)
-    return options.fanout != "uniform" or isinstance(options.widths(), int)
+    return not (options.fanout == "uniform" or options.by_round()) or isinstance(options.widths(), int)
 
 
 def choose_backup(options, stats, batch_size):

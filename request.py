@@ -5,7 +5,7 @@ import math
 import sys
 from pathlib import Path
 
-from batch import Options
+from batch import FANOUTS, Options
 from errors import UserError
 from model import DTYPES
 from sampling import Sampling
@@ -60,7 +60,7 @@ def parse_flags(argv, description=None):
     add("--k", "auto", f"tokens to draft in a round; auto is what --tune found, else {Options.k}", type=number_or_auto,
         metavar="N")
     add("--tree", Options.tree, "draft a tree: children per depth (4,2,1,1) or the best one of so many nodes (32)")
-    add("--fanout", Options.fanout, "how ssd spreads its guesses", choices=("uniform", "geometric", "auto"))
+    add("--fanout", Options.fanout, "how ssd spreads its guesses", choices=FANOUTS)
     add("--fanout-budget", "auto", f"outcomes that ssd guesses in a round; auto is what --tune found, else "
         f"{Options.fanout_budget}, with --tree 4 to {Options.fanout_budget}", type=number_or_auto, metavar="N")
     add("--saguaro-c", Options.saguaro_c, "C of Saguaro sampling, for --accept residual")

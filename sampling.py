@@ -93,7 +93,11 @@ class Sampler:
         return self.tempered(logits) + self.noise(TARGET, positions, ids)
 
     def choose(self, model, hidden, positions, n, ids=None):
-        """The n best tokens by `scores`, as indices of the model's vocabulary: hidden [B, T, dim] -> [B, T, n].
+        """The n best tokens by `scores`, as indices of the model's vocabulary: hidden [B, T, dim] -> [B, T, n]."""
+        return self.rank(model, hidden, positions, n, ids)[0]
+
+    def rank(self, model, hidden, positions, n, ids=None):
+        """What `choose` chooses, and its scores [B, T, n] float32.
 
         Logits are written out only where a filter must see them all, or more is asked for than the kernel gives, or the
         model is no Llama whose head it could read.
@@ -104,8 +108,9 @@ class Sampler:
             step = kernels.MAX_ROWS // T                                    # sequences that fit into one launch
             parts = [model.ops.best(x, model.head, n, self.temperature, seeds, TARGET, at, ids)
                      for x, seeds, at in zip(*(y.split(step) for y in (hidden, self.seeds, positions)))]
-            return torch.cat(parts) if len(parts) > 1 else parts[0]
+            return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts)))
         scores = self.scores(model.logits(hidden), positions, ids)
         if ids is not None:
             scores = scores.masked_fill(ids < 0, -torch.inf)                # "any other token" is no choice
-        return scores.topk(min(n, scores.shape[-1])).indices
+        best = scores.topk(min(n, scores.shape[-1]))
+        return best.indices, best.values

@@ -21,6 +21,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import draft as draft_side
+import kernels
 import plan
 import saguaro
 import templates
@@ -149,7 +150,7 @@ FACTORS = {
     "greedy_rule": ("coupled", "residual"),                                 # at temperature 0 they are the same
     "k": range(1, 9),
     "tree": (None, None, None, "4,2,1,1", "3,2,2", "16", "32"),
-    "fanout": ("uniform", "geometric", "auto"),
+    "fanout": ("uniform", "geometric", "auto", "confident"),
     "fanout_budget": (1, 2, 3, 5, 8, 12, 16, 24, 32),
     "backup": ("neural", "fast", "auto"),
     "batch": (1, 3, 8),
@@ -207,7 +208,7 @@ def compare_modes(pair, config, prompts, new, rng):
         events["texts"] += len(found)
         events["hits"] += stats.hits
         events["misses"] += stats.lookups - stats.hits
-        events["replans"] += stats.rounds > 16 and not (options.tree is None and options.fanout == "uniform")
+        events["replans"] += stats.rounds > 16 and not (options.tree is None and (options.fanout == "uniform" or options.by_round()))
         for entry in stats.trace:
             stopped = entry["tokens"][-1] in more.get("stop_ids", ())
             if len(entry["tokens"]) <= entry["accepted"]:       # cut within what had been drafted
@@ -329,7 +330,7 @@ def test_speculations_are_the_drafts_own(loop, rests, sampling, options, monkeyp
                 behind = text + [drafted[n] for n in path[1:]]
                 guessed = []
                 if i in caches:
-                    guessed = [root for n, root in zip(caches[i][0], caches[i][1][row]) if n == node]
+                    guessed = [root for n, root in zip(caches[i][0][row], caches[i][1][row]) if n == node]
                 if -1 in behind or not children + guessed:
                     continue
                 scores = scores_by_plain_decoding(draft, behind, sampling, sampling.seed).clone()
@@ -410,7 +411,8 @@ def test_when_to_rest():
 def test_the_first_plan_is_not_judged():
     """The embedded pair's first fan-out of three outcomes is a poor guess: 2 hits of 16. The next plan hits, and may."""
     models = [Llama.load(WEIGHTS / name, "cpu", torch.float32) for name in ("target", "draft")]
-    prompt, options = Tokenizer.from_folder(WEIGHTS / "target").prompt("Once upon a time"), Options(fanout_budget=3)
+    prompt = Tokenizer.from_folder(WEIGHTS / "target").prompt("Once upon a time")
+    options = Options(fanout="geometric", fanout_budget=3)
     stats = run(saguaro.ssd, models, [prompt], 250, Sampling(), options)[1]
     assert sum(bool(row["lookup"]) for row in stats.trace[:16]) < 0.4 * 16
     assert stats.lookups == stats.rounds - 1 and stats.hit_rate > 0.5
@@ -537,7 +539,7 @@ def test_stats_are_what_the_trace_says(sampling, options, monkeypatch):
 
     def watch_switch(self, *args):
         result = switch(self, *args)
-        found.append([bool(hit) for hit, _ in result[0].tolist()])
+        found.append([bool(hit) for hit, *_ in result[0].tolist()])
         return result
 
     def watch_prefill(*args):
@@ -605,6 +607,21 @@ def test_coupled_noise_keeps_the_hit_rate():
                                         options, seeds=seeds)[1].hit_rate
     assert rate["coupled", 1.0] > rate["residual", 1.0] + 0.1, rate
     assert rate["coupled", 1.0] > rate["coupled", 0.0] - 0.15, rate
+
+
+@pytest.mark.parametrize("more", (dict(k=5), dict(tree="3,2,1")), ids=("chain", "tree"))
+@pytest.mark.parametrize("temperature", (0.0, 1.0))
+def test_confident_guesses_find_more(temperature, more, monkeypatch):
+    """Where the draft was unsure more outcomes are guessed, and more of what comes is among them; not so by another's odds."""
+    prompts, seeds, rate = [[i, i + 3, 5] for i in range(16)], list(range(16)), {}
+    choose = kernels.TORCH.outcomes
+    shuffled = lambda guesses, odds, *rest: choose(guesses, tuple(x.flip(0) for x in odds), *rest)
+    for name, fanout, op in (("geometric", "geometric", choose), ("confident", "confident", choose), ("shuffled", "confident", shuffled)):
+        monkeypatch.setattr(kernels.TORCH, "outcomes", op)
+        options = Options(**more, fanout=fanout, fanout_budget=6, rests=False)
+        models = [model.run_with(ops="torch") for model in (tiny(0), perturbed(0.1))]
+        rate[name] = run(saguaro.ssd, models, prompts, 48, Sampling(temperature), options, seeds=seeds)[1].hit_rate
+    assert rate["confident"] > rate["geometric"] + 0.04 and rate["confident"] > rate["shuffled"] + 0.04, rate
 
 
 @pytest.mark.parametrize("options", (None, Options(k=4), Options(tree="3,2,1", backup="fast")), ids=("ar", "chain", "tree"))

@@ -16,7 +16,7 @@ import torch
 import graphs
 import kernels
 from errors import UserError
-from kernels import accept, commit, embed, gate, grow, head, launch, linear, mail, settle, switch, tree_attention, tune
+from kernels import accept, commit, embed, gate, grow, head, launch, linear, mail, outcomes, settle, switch, tree_attention, tune
 from kernels.finish import FIXED
 from layout import Layout
 from measure.timing import random_model
@@ -147,8 +147,8 @@ def test_the_share_of_a_gpu_shows_in_no_bit(rows, split, share, monkeypatch):
         added = linear.add_linear(x, w, linear.Stream(residual, None, None), randn(N).fill_(0.5), sums, **share)
         outs = [linear.linear(x, w, **share), *added, linear.swiglu_linear(stream(x, norm), norm, 1e-5, w, **share),
                 linear.qkv_rope(stream(x, norm), norm, 1e-5, w, angles.cos(), angles.sin(), slots, *cache, **share), cache,
-                head.best(x, w, 3, 0.8, seeds, 0, positions, **share)]
-        assert outs[-2].any() and H > 0
+                *head.best(x, w, 3, 0.8, seeds, 0, positions, **share)]
+        assert outs[-3].any() and H > 0
         return outs
     for full, few in zip(run(), run(share=share)):
         assert torch.equal(full, few)
@@ -222,6 +222,20 @@ def test_tree_attention(B, nodes, H, KV, D, prefix):
     visible = tree_attention.visibility_ref(prefix_len, tree.mask, C)
     got = tree_attention.tree_attention(q, cache[0], cache[1], view)
     check(got, lambda q, k, v: tree_attention.tree_attention_ref(q, k, v, visible), q, cache[0], cache[1])
+
+    # Each sequence with a tree of its own: as the one that it has alone
+    trees = [tree_attention.Ancestors.of(Tree(random_tree(nodes), DEVICE).mask) for _ in range(B)]
+    most = max(tree.slots.shape[1] for tree in trees)
+    slots = torch.stack([torch.nn.functional.pad(tree.slots, (0, most - tree.slots.shape[1])) for tree in trees])
+    own = tree_attention.Ancestors(None, slots, torch.stack([tree.count for tree in trees]))
+    masks = tree_attention.Ancestors(torch.stack([tree.mask for tree in trees]), None, None)
+    got = tree_attention.tree_attention(q, *cache, tree_attention.visibility(prefix_len, own, C))
+    visible = tree_attention.visibility_ref(prefix_len, masks, C)
+    for b, tree in enumerate(trees):
+        one = slice(b, b + 1)
+        alone = tree_attention.tree_attention(q[one], *cache[:, one], tree_attention.visibility(prefix_len[one], tree, C))
+        assert torch.equal(got[one], alone)
+        assert torch.equal(visible[one], tree_attention.visibility_ref(prefix_len[one], tree, C))
 
 
 @pytest.mark.parametrize("prefix", [63, 64, 65])
@@ -301,7 +315,7 @@ def test_best(n, temperature, rows):
     ids = torch.randperm(4 * V, device=DEVICE)[:V]
     ids[0] = -1
     for given in (None, ids):
-        got = head.best(hidden, w, n, temperature, seeds, 0, positions, given)
+        got, their_scores = head.best(hidden, w, n, temperature, seeds, 0, positions, given)
         scores = head.head(hidden, w)                                   # the same products: only the choice is tested
         if temperature:
             all_ids = torch.arange(V, device=DEVICE) if given is None else given
@@ -310,6 +324,7 @@ def test_best(n, temperature, rows):
             scores[..., 0] = -torch.inf                                 # id -1: not a token
         want = scores.topk(n).values
         torch.testing.assert_close(scores.gather(-1, got), want, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(their_scores, want, atol=1e-4, rtol=1e-5)
         assert all(len(set(row)) == n for row in got.flatten(0, 1).tolist())
 
 
@@ -320,7 +335,7 @@ def test_best_where_the_last_block_is_a_single_row():
     assert V % launch.blocks_for(V, dim).BN == 1
     w[-1] = 4 * hidden[0, 1]                                            # likeliest of row 1
     none, positions = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.zeros(1, 3, dtype=torch.int64, device=DEVICE)
-    got = head.best(hidden, w, 4, 0.0, none, 0, positions)
+    got, _ = head.best(hidden, w, 4, 0.0, none, 0, positions)
     assert torch.equal(got, head.head(hidden, w).topk(4).indices) and got[0, 1, 0] == V - 1
 
 
@@ -378,15 +393,19 @@ def test_grow(parents, B, known, trimmed):
                  (len(layout.nodes), layout.ahead.levels[1:])]
     for (R, levels), apart in itertools.product(schedules, [False, True]):
         ours = [ints(60, B, R, tree.size, low=-1), ints(60, B, R, tree.size, layout.width)]
-        twins = [x.clone() for x in ours]
+        odds = [torch.rand(x.shape, device=DEVICE) for x in reversed(ours)]
+        twins, their_odds = ([x.clone() for x in some] for some in (ours, odds))
         for level in levels:
             rows = R * (level.nodes.stop - level.nodes.start)
-            draw = lambda n: torch.rand(B, rows, V, device=DEVICE).topk(n).indices
-            ranked = draw(level.n_ranked)
-            drawn = draw(level.n_choices) if apart else ranked
+            draw = lambda n: torch.rand(B, rows, V, device=DEVICE).topk(n)
+            scores, ranked = draw(level.n_ranked)
+            drawn = draw(level.n_choices).indices if apart else ranked
             args = ranked, drawn, ints(2, B).bool() if known else None, tree.children, level.nodes, level.below
-            got, want = (op(*own, *args, to_target, to_draft) for op, own in ((grow.grow, ours), (grow.grow_ref, twins)))
+            got, want = (op(*own, *args, to_target, to_draft, *(() if apart else (sure, scores, 1.5)))
+                         for op, own, sure in ((grow.grow, ours, odds), (grow.grow_ref, twins, their_odds)))
             assert torch.equal(got, want) and all(map(torch.equal, ours, twins))
+            for got, want in zip(odds, their_odds):
+                torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 def test_guesses_are_no_children():
@@ -401,23 +420,70 @@ def test_guesses_are_no_children():
         assert guesses[:, 0, 0].tolist() == [[5, 3, 2], [3, 2, 1]] and not guesses[:, :, 1:].any()
 
 
+def test_odds_of_guesses_and_children():
+    """By hand: node 0 of [-1, 0, 0], whose second child isn't among the three best."""
+    tree, tensor = Tree([-1, 0, 0], DEVICE), lambda *x: torch.tensor(x, device=DEVICE)
+    chances = torch.tensor([0.5, 0.3, 0.2])
+    for op in grow.grow, grow.grow_ref:
+        tokens, guesses = tensor([[9, 7, 4]]), torch.full((1, 1, 3, 2), -1, device=DEVICE)
+        odds = torch.zeros(1, 1, 3, 2, device=DEVICE), torch.zeros(1, 1, 3, device=DEVICE)
+        ranked, drawn, scores = tensor([[7, 3, 2]]), tensor([[7, 4]]), (chances.log() / 2).to(DEVICE).view(1, 1, 3)
+        op(tokens, guesses, ranked, drawn, None, tree.children, slice(0, 1), slice(1, 3), None, None, odds, scores, 2.0)
+        assert guesses[0, 0, 0].tolist() == [3, 2]
+        torch.testing.assert_close(odds[0][0, 0, 0].exp().cpu(), chances[1:])
+        torch.testing.assert_close(odds[1][0, 0, 1:].exp().cpu(), chances[[0, 2]])
+
+
+@pytest.mark.parametrize("parents, B, N", list(itertools.product([*TREES[1:], list(range(-1, 20))], [1, 3], [1, 16])))
+def test_outcomes(parents, B, N):
+    """The likeliest are chosen, and the branches see what lies above them: by both ways, mask and lists."""
+    tree, start = Tree(parents, DEVICE), 50 + 3 * torch.arange(B, device=DEVICE)
+    layout = Layout(tree, [N] + [0] * (tree.size - 1), DEVICE, confident=True)
+    F, branching = layout.width, layout.branching
+    guesses = ints(9, B, tree.size, F, low=-1)
+    odds = torch.rand(B, tree.size, F, device=DEVICE).log(), torch.rand(B, tree.size, device=DEVICE).log()
+    odds[0][:, 1, 0] = float("nan")                                     # garbage where there is no guess ...
+    guesses[:, 1, 0], odds[1][:, 0] = -1, float("nan")                  # ... and behind the root's parent
+    got, want = (op(guesses, odds, start, tree, branching) for op in (outcomes.outcomes, outcomes.outcomes_ref))
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    for b in range(B):
+        chances = {(node, guesses[b, node, f].item()): sum(odds[1][b, up].item() for up in range(1, node + 1) if tree.mask[node, up])
+                   + odds[0][b, node, f].item() for node in range(tree.size) for f in range(F) if guesses[b, node, f] >= 0}
+        found = list(zip(got[0][b].tolist(), got[1][b].tolist()))
+        if len(chances) == tree.size * F:
+            assert min(chances[outcome] for outcome in found) >= sorted(chances.values())[-N] - 1e-4
+    assert len(got[2]) == len(want[2]) == tree.depth
+    for (level, places, lists), (other, their_places, masks) in zip(got[2], want[2]):
+        assert level is other and all(map(torch.equal, places, their_places)) and all(x.is_contiguous() for x in places)
+        for b, t in itertools.product(range(B), range(places[0].shape[1])):
+            seen = lists.slots[b, t, :lists.count[b, t]]
+            assert torch.equal(seen, masks.mask[b, t].nonzero()[:, 0]), "ascending: in the order of their positions"
+            assert start[b] + len(seen) - 1 == places[0][b, t] and start[b] + seen[-1] == places[2][b, t]
+
+
 @pytest.mark.parametrize("parents, B, N", list(itertools.product(TREES[1:], [1, 3], [0, 1, 30])))
 def test_switch(parents, B, N):
     tree, F, room = Tree(parents, DEVICE), 3, 80
     for hit in (True, False):
         verdict = path, _, bonus = verdict_on(tree, B)
         branches = ints(9, B, N, tree.size), ints(9, B, N, tree.size, F)
-        nodes, roots = ints(tree.size, N), ints(9, B, N) + 9            # none is the bonus ...
-        roots[:, :-1] = bonus[:, None].where(nodes[:-1] != path[:, -1:], 9)     # ... or the node is another ...
+        nodes, roots = ints(tree.size, B, N), ints(9, B, N) + 9         # none is the bonus ...
+        roots[:, :-1] = bonus[:, None].where(nodes[:, :-1] != path[:, -1:], 9)  # ... or the node is another ...
         if hit and N:
-            nodes[-1], roots[0, -1] = path[0, -1], bonus[0]             # ... but here
-        ours = [ints(9, B, tree.size), ints(9, B, tree.size, F), ints(9, B, room), 20 + ints(30, B)]
-        twins = [x.clone() for x in ours]
-        outcomes = (nodes, roots, *branches) if N else None
-        got, want = switch.switch(*verdict, *ours, outcomes), switch.switch_ref(*verdict, *twins, outcomes)
-        assert all(map(torch.equal, ours, twins)) and all(map(torch.equal, got[1:], want[1:]))
-        assert torch.equal(got[0], want[0]) if N else got[0] is want[0] is None
-        assert not N or got[0][0].tolist() == [int(hit), N - 1 if hit else 0]
+            nodes[0, -1], roots[0, -1] = path[0, -1], bonus[0]          # ... but here
+        state = [ints(9, B, tree.size), ints(9, B, tree.size, F)], [ints(9, B, room), 20 + ints(30, B)]
+        rand = lambda *like: tuple(torch.rand(x.shape, device=DEVICE) for x in like)
+        for odds, their_odds in ((rand(*reversed(state[0])), rand(*reversed(branches))), (None, None)):
+            outcomes = (nodes, roots, *branches, their_odds) if N else None
+            results = []
+            for op in switch.switch, switch.switch_ref:
+                (spec, text), sure = ([x.clone() for x in some] for some in state), odds and tuple(x.clone() for x in odds)
+                results.append((op(*verdict, *spec, sure, *text, outcomes), spec + text + list(sure or ())))
+            (got, ours), (want, twins) = results
+            assert all(map(torch.equal, ours, twins)) and all(map(torch.equal, got[1:], want[1:]))
+            assert torch.equal(got[0], want[0]) if N else got[0] is want[0] is None
+            here = (nodes[0] == path[0, -1]).tolist() if N else []
+            assert not N or got[0][0].tolist() == [int(hit), *((N - 1, sum(here) - 1) if hit else (0, 0)), sum(here)]
 
 
 def test_commit():

@@ -275,7 +275,7 @@ def plain_q(monkeypatch):
     choices = Drafter.choices
 
     def wrong(self, hidden, *args):
-        return *choices(self, hidden, *args)[:2], self.sampler.tempered(self.model.logits(hidden)).softmax(-1)
+        return *choices(self, hidden, *args)[:3], self.sampler.tempered(self.model.logits(hidden)).softmax(-1)
     monkeypatch.setattr(Drafter, "choices", wrong)
 
 

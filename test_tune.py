@@ -57,10 +57,12 @@ def test_expected_on_a_chain():
     assert hit == pytest.approx(0.2 / 0.3 * (1 - a ** k))
 
 
-def test_prediction_is_theorem_7():
-    times, options = machine(), Options(k=6)
+@pytest.mark.parametrize("fanout, worth", (("geometric", 16), ("confident", 32)))
+def test_prediction_is_theorem_7(fanout, worth):
+    """Outcomes that each round chooses hit like twice as many that don't."""
+    times, options = machine(), Options(k=6, fanout=fanout)
     plans = tune.choose(times, GOOD, DRAFT, options, asked=("k", "fanout_budget"))
-    tree, fan = make_plan(options, GOOD, DRAFT)
+    tree, fan = make_plan(Options(k=6, fanout="geometric", fanout_budget=worth), GOOD, DRAFT)
     tokens, hit = tune.expected(tree, fan, GOOD.rank_acceptance())
     forward = 0.5 / 5
     ar = plans["ar"].tokens_per_second

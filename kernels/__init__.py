@@ -6,7 +6,7 @@ what correct means, then the Triton kernel and its launcher `x`, which keeps the
 import functools
 from types import SimpleNamespace
 
-from kernels import accept, commit, embed, grow, head, linear, settle, switch, tree_attention
+from kernels import accept, commit, embed, grow, head, linear, outcomes, settle, switch, tree_attention
 from kernels.head import MAX_BEST
 from kernels.launch import MAX_ROWS, Int8Weight, Share
 from kernels.noise import gumbel, uniform
@@ -16,7 +16,7 @@ TORCH = SimpleNamespace(
     embed=embed.embed_ref, add_linear=linear.add_linear_ref, swiglu_linear=linear.swiglu_linear_ref,
     qkv_rope=linear.qkv_rope_ref, visibility=tree_attention.visibility_ref, tree_attention=tree_attention.tree_attention_ref,
     rms_norm=linear.rms_norm_ref, head=head.head_ref, best=head.best_ref, commit=commit.commit_ref, walk=accept.walk_ref,
-    settle=settle.settle_ref, grow=grow.grow_ref, switch=switch.switch_ref)
+    settle=settle.settle_ref, grow=grow.grow_ref, outcomes=outcomes.outcomes_ref, switch=switch.switch_ref)
 
 
 @functools.cache
@@ -27,7 +27,7 @@ def triton_ops(share):
         embed=embed.embed, add_linear=few(linear.add_linear), swiglu_linear=few(linear.swiglu_linear),
         qkv_rope=few(linear.qkv_rope), visibility=tree_attention.visibility, tree_attention=tree_attention.tree_attention,
         rms_norm=head.rms_norm, head=few(head.head), best=few(head.best), commit=commit.commit, walk=accept.walk,
-        settle=settle.settle, grow=grow.grow, switch=switch.switch)
+        settle=settle.settle, grow=grow.grow, outcomes=outcomes.outcomes, switch=switch.switch)
 
 
 TRITON = triton_ops(None)

@@ -12,9 +12,9 @@ import triton.language as tl
 
 @triton.jit
 def gate_kernel(found_ptr, opened_ptr, B, BLOCK: tl.constexpr):
-    """found [B, 2]: hit (0 or 1) first. opened [1] int32: becomes 1 where the gate is opened; closed again behind whoever waited."""
+    """found [B, 4]: hit (0 or 1) first. opened [1] int32: becomes 1 where the gate is opened; closed again behind whoever waited."""
     b = tl.arange(0, BLOCK)
-    hits = tl.load(found_ptr + 2 * b, mask=b < B, other=1)
+    hits = tl.load(found_ptr + 4 * b, mask=b < B, other=1)
     if tl.min(hits, axis=0) == 0:
         while tl.atomic_add(opened_ptr, 0, sem="acquire") == 0:
             pass
@@ -22,5 +22,5 @@ def gate_kernel(found_ptr, opened_ptr, B, BLOCK: tl.constexpr):
 
 
 def wait_at_gate(found, opened):
-    """Let the current stream wait unless found [B, 2] int64 says that all hit, until opened [1] int32 is 1; sets it back to 0."""
+    """Let the current stream wait unless found [B, 4] int64 says that all hit, until opened [1] int32 is 1; sets it back to 0."""
     gate_kernel[(1,)](found, opened, len(found), triton.next_power_of_2(len(found)), num_warps=1)

@@ -20,10 +20,10 @@ def head_ref(hidden, w):
 
 
 def best_ref(hidden, w, n, temperature, seeds, stream, positions, ids=None):
-    """The n best tokens (indices of w's rows) of each position [B, T, n], by logits / temperature + Gumbel noise.
+    """The n best tokens (indices of w's rows) of each position, best first, by logits / temperature + Gumbel noise.
 
     hidden [B, T, dim]; temperature 0: by the logits alone; seeds [B], positions [B, T], ids [V] or None: see `gumbel`;
-    a row with id -1 is no token and never chosen.
+    a row with id -1 is no token and never chosen. Returns tokens [B, T, n] int64 and their scores [B, T, n] float32.
     """
     scores = head_ref(hidden, w)
     if temperature > 0:
@@ -31,7 +31,8 @@ def best_ref(hidden, w, n, temperature, seeds, stream, positions, ids=None):
         scores = scores / temperature + gumbel_ref(seeds, stream, positions, noise_ids)
     if ids is not None:
         scores = scores.masked_fill(ids < 0, -torch.inf)
-    return scores.topk(min(n, scores.shape[-1])).indices
+    best = scores.topk(min(n, scores.shape[-1]))
+    return best.indices, best.values
 
 
 @triton.jit
@@ -87,7 +88,7 @@ def best_kernel(x_ptr, w_ptr, scale_ptr, seed_ptr, position_ptr, id_ptr, value_p
 
 
 @triton.jit
-def pick_kernel(value_ptr, index_ptr, out_ptr, C, n: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def pick_kernel(value_ptr, index_ptr, out_ptr, score_ptr, C, n: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """The n best of C candidates of a row."""
     wait_for_inputs(PDL)
     m = tl.program_id(0)
@@ -95,8 +96,9 @@ def pick_kernel(value_ptr, index_ptr, out_ptr, C, n: tl.constexpr, BLOCK: tl.con
     values = tl.load(value_ptr + m * C + i, mask=i < C, other=float("-inf"))
     ids = tl.load(index_ptr + m * C + i, mask=i < C, other=2147483647)
     for j in tl.static_range(n):                        # candidates of equal value stand in the order of their ids
-        _, best, values = take_best(values, ids, i, BLOCK)
+        score, best, values = take_best(values, ids, i, BLOCK)
         tl.store(out_ptr + m * n + j + tl.arange(0, 1), best.to(tl.int64))
+        tl.store(score_ptr + m * n + j + tl.arange(0, 1), score)
 
 
 def rms_norm(x, weight, eps):
@@ -123,10 +125,11 @@ def best(hidden, w, n, temperature, seeds, stream, positions, ids=None, share=No
     values = torch.empty(launch.M, blocks * n, device=hidden.device)
     indices = torch.empty(launch.M, blocks * n, device=hidden.device, dtype=torch.int32)
     out = torch.empty(*hidden.shape[:-1], n, device=hidden.device, dtype=torch.int64)
+    scores = torch.empty(out.shape, device=hidden.device)
     best_kernel[launch.grid](
         hidden, launch.weight, launch.scale, seeds, positions.contiguous(), hidden if ids is None else ids, values, indices,
         temperature or 1.0, stream, launch.M, hidden.shape[1], launch.N, launch.K, launch.BM, launch.BN, launch.BK, n,
         temperature > 0, ids is not None, launch.INT8, **launch.options)
-    pick_kernel[(launch.M,)](values, indices, out, blocks * n, n, triton.next_power_of_2(blocks * n),
+    pick_kernel[(launch.M,)](values, indices, out, scores, blocks * n, n, triton.next_power_of_2(blocks * n),
                              PDL=pdl(hidden.device), num_warps=8, **launch_options(hidden.device))
-    return out
+    return out, scores

@@ -33,10 +33,13 @@ LOG2_E = 1.4426950408889634             # softmax in powers of two
 
 
 class Ancestors(NamedTuple):
-    """An ancestor mask, and the same as lists: which speculative slots each new token sees, oldest first."""
-    mask: torch.Tensor                  # [T, S] bool
-    slots: torch.Tensor                 # [T, A] int32, A: the most that a token sees
-    count: torch.Tensor                 # [T] int32: how many of them
+    """An ancestor mask, and the same as lists: which speculative slots each new token sees, oldest first.
+
+    Where they differ from sequence to sequence there's a B in front, and only the mask, for plain torch, or only the lists.
+    """
+    mask: torch.Tensor | None           # [T, S] bool
+    slots: torch.Tensor | None          # [T, A] int32, A: the most that a token sees
+    count: torch.Tensor | None          # [T] int32: how many of them
 
     @classmethod
     def of(cls, mask):
@@ -49,15 +52,22 @@ class Ancestors(NamedTuple):
         return cls(mask, order.to(torch.int32).contiguous(), count)
 
 
+def sequences(ancestors, first, last):
+    """Those of the sequences first..last-1, where each has its own; a mask or Ancestors of all are everybody's."""
+    if not isinstance(ancestors, Ancestors) or (ancestors.mask if ancestors.count is None else ancestors.slots).dim() == 2:
+        return ancestors
+    return Ancestors(*(None if x is None else x[first:last] for x in ancestors))
+
+
 def visibility_ref(prefix_len, mask, end):
-    """Which slot each new token sees. prefix_len [B] int64, mask [T, S] bool or Ancestors -> [B, 1, T, end] bool.
+    """Which slot each new token sees. prefix_len [B] int64, mask [T, S] or [B, T, S] bool or Ancestors -> [B, 1, T, end] bool.
 
     Speculative slot j of a sequence is cache slot prefix_len + j. Built once a forward, shared by all layers.
     """
     mask = mask.mask if isinstance(mask, Ancestors) else mask
-    S = mask.shape[1]
+    B, (T, S) = len(prefix_len), mask.shape[-2:]
     j = torch.arange(end, device=mask.device) - prefix_len[:, None]         # [B, end] index of the speculative slot
-    tail = mask[:, j.clamp(0, S - 1)].transpose(0, 1)                       # [B, T, end]
+    tail = mask.expand(B, T, S).gather(2, j.clamp(0, S - 1)[:, None].expand(B, T, end))
     return ((j < 0)[:, None] | (tail & (j >= 0)[:, None] & (j < S)[:, None]))[:, None]
 
 
@@ -122,13 +132,14 @@ def save(stat_ptr, part_ptr, at, live, top, mass, acc, d):
 
 
 @triton.jit
-def tree_attention_kernel(q_ptr, k_ptr, v_ptr, prefix_ptr, slot_ptr, count_ptr, stat_ptr, part_ptr, T, A, tiles, splits,
+def tree_attention_kernel(q_ptr, k_ptr, v_ptr, prefix_ptr, slot_ptr, count_ptr, stat_ptr, part_ptr, T, A, stride_a, tiles, splits,
                           tails, stride_b, stride_h, scale, KV: tl.constexpr, G: tl.constexpr, D: tl.constexpr,
                           BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, TAIL_ROWS: tl.constexpr,
                           PDL: tl.constexpr):
     """Partial attention: rows (token, head of the group) x units of keys -> stat [B*T*H, splits + tails, 2], part [.., D].
 
-    Bytes moved: K and V of the prefix once a tile of rows, of the rest once a token; part once.
+    Bytes moved: K and V of the prefix once a tile of rows, of the rest once a token; part once. stride_a: from one
+    sequence's ancestors to the next one's, in tokens: T, or 0 where all have the same.
     Grid: (tiles * splits prefix programs, then T tail programs; B * KV).
     """
     program, b, h = tl.program_id(0), tl.program_id(1) // KV, tl.program_id(1) % KV
@@ -162,14 +173,15 @@ def tree_attention_kernel(q_ptr, k_ptr, v_ptr, prefix_ptr, slot_ptr, count_ptr, 
             save(stat_ptr, part_ptr, row * (splits + tails) + split, live, top, mass, acc, d)
     else:
         t = program - tiles * splits
-        keys = prefix + tl.load(count_ptr + t) - full * BLOCK               # that the token sees in the units from `full` on
+        line = b * stride_a + t                                             # written by none of the last kernels: no need to wait
+        keys = prefix + tl.load(count_ptr + line) - full * BLOCK            # that the token sees in the units from `full` on
         # Some token sees itself, and so has a key here: some program of the grid always waits.
         if keys > 0:
             g = tl.arange(0, TAIL_ROWS)
             row = ((b * T + t) * KV + h) * G + g
             live = g < G                                                    # the rows are one token's heads
             place = n - prefix % BLOCK                                      # [BLOCK] among its speculative slots
-            slot = tl.load(slot_ptr + t * A + place, mask=(place >= 0) & (n < keys), other=0)
+            slot = tl.load(slot_ptr + line * A + place, mask=(place >= 0) & (n < keys), other=0)
             slot = prefix + tl.where(place < 0, place, slot)
             wait_for_inputs(PDL)
             q = tl.load(q_ptr + row[:, None] * D + d[None, :], mask=live[:, None], other=0.0)
@@ -180,7 +192,7 @@ def tree_attention_kernel(q_ptr, k_ptr, v_ptr, prefix_ptr, slot_ptr, count_ptr, 
                 top, mass, acc = attend(q, k, v, left, scale, BLOCK)
                 save(stat_ptr, part_ptr, row * (splits + tails) + splits + j, live, top, mass, acc, d)
                 place += BLOCK
-                slot = prefix + tl.load(slot_ptr + t * A + place, mask=n < left - BLOCK, other=0)
+                slot = prefix + tl.load(slot_ptr + line * A + place, mask=n < left - BLOCK, other=0)
 
 
 @triton.jit
@@ -192,8 +204,8 @@ def partial(stat_ptr, part_ptr, at, there, d):
     return top, mass, acc
 
 
-@triton.jit(do_not_specialize=["H", "splits", "tails"])
-def combine_kernel(stat_ptr, part_ptr, prefix_ptr, count_ptr, out_ptr, H, splits, tails, scale, D: tl.constexpr,
+@triton.jit(do_not_specialize=["H", "stride_a", "splits", "tails"])
+def combine_kernel(stat_ptr, part_ptr, prefix_ptr, count_ptr, out_ptr, H, stride_a, splits, tails, scale, D: tl.constexpr,
                    BLOCK: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr):
     """out [B, T, H, D] from the partial results, which are the bytes moved. Grid: (T * H, B).
 
@@ -201,7 +213,7 @@ def combine_kernel(stat_ptr, part_ptr, prefix_ptr, count_ptr, out_ptr, H, splits
     at once, chunk after chunk.
     """
     prefix = tl.load(prefix_ptr + tl.program_id(1)).to(tl.int32)
-    seen = prefix + tl.load(count_ptr + tl.program_id(0) // H)
+    seen = prefix + tl.load(count_ptr + tl.program_id(1) * stride_a + tl.program_id(0) // H)
     full, units = prefix // BLOCK, tl.cdiv(seen, BLOCK)
     row = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     at, d = row * (splits + tails), tl.arange(0, D)
@@ -230,7 +242,7 @@ def tree_attention(q, k, v, view):
     B, T, H, D = q.shape
     KV, G, device = k.shape[1], H // k.shape[1], q.device
     prefix_len, (_, slots, count), splits = view
-    A = slots.shape[1]
+    A, stride_a = slots.shape[-1], T * (slots.dim() == 3)
     tails = triton.cdiv(A - 1, BLOCK) + 1                                   # units that A positions may touch
     rows = min(ROWS, max(16, triton.next_power_of_2(T * G)))
     tiles = triton.cdiv(T * G, rows)
@@ -239,8 +251,8 @@ def tree_attention(q, k, v, view):
     part = torch.empty(B * T * H, splits + tails, D, device=device)
     scale, options = D ** -0.5 * LOG2_E, dict(PDL=pdl(device), **launch_options(device))
     tree_attention_kernel[(tiles * splits + T, B * KV)](
-        q, k, v, prefix_len, slots, count, stat, part, T, A, tiles, splits, tails, k.stride(0), k.stride(1), scale,
+        q, k, v, prefix_len, slots, count, stat, part, T, A, stride_a, tiles, splits, tails, k.stride(0), k.stride(1), scale,
         KV, G, D, BLOCK, rows, STAGES, max(16, triton.next_power_of_2(G)), num_warps=WARPS, **options)
-    combine_kernel[(T * H, B)](stat, part, prefix_len, count, out, H, splits, tails, scale, D, BLOCK, SPLITS,
+    combine_kernel[(T * H, B)](stat, part, prefix_len, count, out, H, stride_a, splits, tails, scale, D, BLOCK, SPLITS,
                                min(CHUNK, SPLITS), num_warps=COMBINE_WARPS, **options)
     return out

@@ -3,7 +3,7 @@ import argparse
 import math
 from pathlib import Path
 
-from batch import Options
+from batch import FANOUTS, Options
 from errors import UserError
 from generate import find_device
 from model import DTYPES
@@ -68,7 +68,7 @@ def parse_flags(argv, description=None):
             ("--kernels", names, "SHAPES", None, "time single kernels (GPU)")):
         help += "" if default in (None, [], {}) else f" (default {default})"
         add(flag, type=kind, metavar=metavar, default=default, help=help)
-    add("--fanout", default=Options.fanout, choices=("uniform", "geometric", "auto"), help="how guesses spread over the places to stop")
+    add("--fanout", default=Options.fanout, choices=FANOUTS, help="how guesses spread over the places to stop")
     add("--draft-dtype", choices=("int8",), help="round the draft's weights to int8")
     add("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     for flag, help in (("--tune", "add sd and ssd as --tune of generate.py finds them best"),

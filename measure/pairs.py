@@ -8,6 +8,7 @@ import torch
 
 import batch as batching
 from batch import check_vocabularies
+from draft import SHARP
 from errors import UserError
 from generate import WEIGHTS, read_rows
 from kernels import uniform
@@ -154,24 +155,26 @@ def synthetic(pair):
     """SYNTHETIC acceptance, for models without a common text.
 
     Every position of a sequence has one fixed token, which is what the target says there, and one rank, at which the
-    draft says it, drawn with the chances pair.accept. Both models do all their work first; then their choice is
+    draft says it, drawn with the chances pair.accept; how sure the draft is follows these chances, too. Both models do all their work first; then their choice is
     overwritten. So rounds cost what they cost, ar, sd and ssd write the same, and hits follow from the ranks.
     """
     if pair.accept is None:
         yield
         return
-    known, bounds = pair.draft.config.vocab_size - 1, torch.tensor(pair.accept).cumsum(0).to(pair.target.device)
+    known, chances = pair.draft.config.vocab_size - 1, torch.tensor(pair.accept, device=pair.target.device)
+    bounds, chances = chances.cumsum(0), chances.log() / SHARP
 
     class Synthetic(Sampler):
-        def choose(self, model, hidden, positions, n, ids=None):
-            ranked = super().choose(model, hidden, positions, n, ids)                           # [B, T, n]
+        def rank(self, model, hidden, positions, n, ids=None):
+            ranked, _ = super().rank(model, hidden, positions, n, ids)                          # [B, T, n]
+            scores = (chances[:ranked.shape[-1]] / (self.temperature or 1.0)).expand(ranked.shape)
             u = uniform(self.seeds, SYNTHETIC, positions, torch.arange(2, device=positions.device))
             own = 1 + (u[..., :1] * known).long().clamp(max=known - 1)                          # [B, T, 1]
             if model is pair.target:
-                return own.expand_as(ranked)
+                return own.expand_as(ranked), scores
             rank = torch.searchsorted(bounds, u[..., 1:].contiguous())
             others = torch.where(ranked == own, own % known + 1, ranked)
-            return torch.where(torch.arange(ranked.shape[-1], device=own.device) == rank, own, others)
+            return torch.where(torch.arange(ranked.shape[-1], device=own.device) == rank, own, others), scores
 
     batching.Sampler, plain = Synthetic, batching.Sampler
     try:

@@ -147,13 +147,13 @@ def speculation_plot(result):
     fanouts = [r for r in result["rows"] if r["table"] == "fan-out"]
     if len({budget(r) for r in fanouts}) < 2:
         return ""
-    canvas = Canvas()
+    canvas, kinds = Canvas(), (("uniform", "ar"), ("geometric", "sd"), ("auto", "two"), ("confident", "ssd"))
     canvas.title("Hit rate by the number of outcomes guessed", result["what"].split(";")[0])
-    legend(canvas, [("uniform", "ar"), ("geometric", "sd"), ("auto", "ssd")])
+    legend(canvas, kinds)
     canvas.y += 22
     for j, temperature in enumerate(("0.0", "1.0")):
         series = []
-        for fanout, kind in (("uniform", "ar"), ("geometric", "sd"), ("auto", "ssd")):
+        for fanout, kind in kinds:
             points = [(budget(r), r["hit_rate"]) for r in fanouts
                       if r["row"].startswith(f"T = {temperature}") and r["row"].endswith(fanout)]
             series.append((fanout, kind, points))

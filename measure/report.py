@@ -85,10 +85,9 @@ def mode_lines(head):
         times = "; ".join(f"{n} x {label}" for label, n in head["passes"].items())
         lines.append(f"Runs over the prompts in a repeat, where one would be too short to tell: {times}.\n")
     if head.get("split"):
-        columns = [synthetic + "ms of a round", "in all", "verify", "draft not hidden", "backup", "join", "waiting",
-                   "of the draft hidden"]
-        parts = [[label, *(f"{s[name]:.2f}" for name in ("round", "verify", "draft", "miss", "join", "rest")),
-                  f"{s['hidden']:.0%}" if label.startswith("ssd") else "-"] for label, s in head["split"].items()]
+        columns = [synthetic + "ms of a round", "in all", "verify", "draft not hidden", "backup", "join", "waiting"]
+        parts = [[label, *(f"{s[name]:.2f}" for name in ("round", "verify", "draft", "miss", "join", "rest"))]
+                 for label, s in head["split"].items()]
         lines.append("Where a round goes, mean ms by events, in one more run:\n\n" + table(columns, parts))
     if "parts" in head:
         p, m = head["parts"], head["model"]
@@ -97,8 +96,7 @@ def mode_lines(head):
                      f"{1e3 * p['branches']:.3f} ms; verify beside one of the former and {p['k']} of these "
                      f"{1e3 * p['together']:.3f} ms. The speedup model makes sd {m['sd']:.2f} x ar and ssd {m['ssd']:.2f} x ar of that.\n")
     if "host" in head.get("parts", ()):
-        lines.append(f"In the loop, watched: {p['hidden']:.0%} of the draft's time hidden behind the verify; after a hit the target "
-                     f"waits {1e3 * p['host']:.3f} ms for the host.\n")
+        lines.append(f"In the loop, watched: after a hit the target waits {1e3 * p['host']:.3f} ms for the host.\n")
     return lines
 
 

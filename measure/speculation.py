@@ -3,7 +3,7 @@ import time
 
 import torch
 
-from batch import Options, Stats
+from batch import FANOUTS, Options, Stats
 from errors import UserError
 from measure.pairs import text_pairs
 from saguaro import sd, ssd
@@ -20,7 +20,7 @@ def configurations(small):
                        Options(accept=accept, saguaro_c=c, rests=False), ssd)
     for temperature in (0.0, 1.0):
         for budget in (8, 16, 32):
-            for fanout in ("uniform", "geometric", "auto"):
+            for fanout in FANOUTS:
                 if not small or budget == 16:
                     yield ("fan-out", f"T = {temperature}, budget {budget}, {fanout}", Sampling(temperature),
                            Options(fanout=fanout, fanout_budget=budget, rests=False), ssd)

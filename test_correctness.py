@@ -1219,7 +1219,7 @@ def test_a_round_allocates_nothing_and_waits_for_nothing_but_its_outcome(loop, b
     if loop is saguaro.autoregressive and tree:
         pytest.skip("nothing is drafted")
     models, stats = embedded_pair(), Stats()
-    options = () if loop is saguaro.autoregressive else (Options(tree=tree, fanout="uniform", fanout_budget=8, rests=False),)
+    options = () if loop is saguaro.autoregressive else (Options(tree=tree, fanout_budget=8, rests=False),)
     prompts, seeds = [[0, 300, 200, 100]] * batch, [3 + row for row in range(batch)]
     rounds = loop(*models[:1 + len(options)], prompts, 900, Sampling(1.0), *options, seeds=seeds, stats=stats)
     launched, ahead = [], Beside.ahead

@@ -25,7 +25,7 @@ from tune import usual_share
 SETTLED = 60                        # rounds after which a request has recorded its graphs
 MOST_HOST, MOST_STORM = 100e-6, 1.05
 REPEATS = 3
-FIXED = dict(fanout="uniform", rests=False)     # options of rounds that are all of a kind
+FIXED = dict(rests=False)           # options of rounds that are all of a kind
 
 
 def allocations(loop, n=40):

@@ -151,6 +151,9 @@ class Mailbox:
         for at in range(first, first + self.rows * self.WIDTH, self.WIDTH):
             began = time.monotonic()
             while words[at] != number:
+                if words[at] > number:
+                    raise RuntimeError(f"the mail of run {number} was written over by that of {words[at]}: runs were launched that "
+                                       f"nobody asked a receipt for")
                 if time.monotonic() > began + 1:                            # seldom: has the GPU failed?
                     torch.cuda.current_stream(self.device).query()          # raises then
                     began = time.monotonic()

@@ -567,6 +567,19 @@ def test_mail_matches_the_twin():
         assert torch.equal(*boxes) and torch.equal(counts[0].cpu(), counts[1])
 
 
+def test_mail_that_was_written_over_is_noticed():
+    """The host would wait for ever for the number of a run whose line a later one has taken."""
+    box = object.__new__(graphs.Mailbox)
+    box.rows, box.words = 1, [0] * (graphs.Mailbox.DEPTH * graphs.Mailbox.WIDTH)
+    at = 5 % box.DEPTH * box.WIDTH
+    box.words[at:at + 3] = [5, 8, 9]
+    assert box.wait_for(5, 2) == [[8, 9]]
+    box.words[at] = 5 + box.DEPTH
+    with pytest.raises(RuntimeError, match="run 5 was written over by that of 9"):
+        box.wait_for(5, 2)
+
+
+
 @gpu_only
 def test_mailbox():
     """Several receipts at once, in order; a step that a graph replays; another box's numbers are no good here."""

@@ -26,7 +26,7 @@ MAX_BUDGET = 1024               # outcomes guessed per sequence and round; each 
 class Options:
     k: int = 6                      # lookahead of a chain, greatest depth of a tree of N nodes
     tree: str | None = None         # None: a chain; "4,2,1,1": children per depth; "32": the best tree of 32 nodes
-    fanout: str = "confident"       # one of FANOUTS
+    fanout: str = "confident"       # one of FANOUTS; with rejection sampling confident means geometric
     fanout_budget: int = 16         # outcomes guessed per sequence and round
     saguaro_c: float = 1.0
     accept: str = "coupled"         # "coupled" | "residual"
@@ -54,8 +54,12 @@ class Options:
         return self.accept == "residual" and not sampler.greedy
 
     def by_round(self):
-        """Whether each round chooses its outcomes by itself. Saguaro sampling, of `residual`, must know F beforehand."""
-        return self.fanout == "confident" and self.accept == "coupled"
+        """Whether each round chooses its outcomes by itself."""
+        return self.fanout == "confident"
+
+    def settled(self, sampler):
+        """These options for what a sampler does: the noise of rejection sampling is its own, and q_C must know F beforehand."""
+        return replace(self, fanout="geometric") if self.by_round() and self.residual(sampler) else self
 
     def most_nodes(self):
         """Most nodes of a tree, its root included."""
@@ -132,16 +136,16 @@ class Stats:
         count, total = table.get(key, (0, 0))
         table[key] = [count + 1, total + amount]
 
-    def count_choices(self, tree, path, guesses, choice):
+    def count_choices(self, tree, path, counts, guesses, choice):
         """Which choice of the draft the target took after each node of an accepted path.
 
-        The last node shows its children and, in SSD, so many guesses behind them; choice: which of these the bonus token was, if
-        it was any. Where one was taken all the others weren't.
+        A node shows its children and, in SSD, counts[node] more tokens that were or could have been guessed; where the bonus token
+        was none of them it is only known not to be among the `guesses` behind the last node; choice: which of these it was.
         """
         for node, child in zip(path, path[1:] + [None]):
-            taken = tree.ranks[child] if child is not None else None if choice is None else tree.n_children[node] + choice
-            known = len(self.choices) if taken is not None else tree.n_children[node] + guesses
-            for r in range(min(known, len(self.choices))):
+            missed = child is None and choice is None
+            taken = None if missed else tree.n_children[node] + choice if child is None else tree.ranks[child]
+            for r in range(min(tree.n_children[node] + (guesses if missed else counts[node]), len(self.choices))):
                 self.choices[r][0] += 1
                 self.choices[r][1] += r == taken
 
@@ -308,7 +312,8 @@ class Batch:
             stats.add(stats.sources, source, k + 1)
             if source != "fast":                    # only then are the tree's tokens the draft's choices
                 stats.stops[node] = stats.stops.get(node, 0) + 1
-                stats.count_choices(tree, path, guesses, choice if hit else None)
+                counts = [0] * tree.size if drafter is None else drafter.layout.counts
+                stats.count_choices(tree, path, counts, guesses, choice if hit else None)
             if drafter is not None and goes_on:
                 stats.add(stats.misses, guesses, not hit)
                 lookups.append(bool(hit))

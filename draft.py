@@ -19,7 +19,6 @@ import torch
 
 import kernels
 from graphs import FIRST, Graphs, Mailbox, cross, on
-from kernels import MAX_ROWS
 from kernels.gate import wait_at_gate
 from kernels.noise import DRAFT
 from layout import Layout
@@ -77,7 +76,7 @@ class Drafting:
 
 
 PLANS = 8               # a Drafter keeps so many of them, with their graphs
-SHARP = 1.5             # how sure the draft is, softmax(SHARP * logits): as it found the most outcomes with three drafts (README)
+SHARP = 1.5             # how sure the draft is, softmax(SHARP * logits): 2 is better for a good draft, 1 for a weak one (README)
 
 
 class Drafter:
@@ -87,7 +86,6 @@ class Drafter:
         """room: cache slots for prompt, new tokens and speculation. Not ready before `start` and `plan`."""
         self.model, self.device, self.options = model, model.device, options
         self.sampler, self.residual = sampler.on(model.device), options.residual(sampler)
-        self.confident = options.fanout == "confident" and not self.residual
         self.sharp = SHARP * (sampler.temperature or 1.0)                   # of scores, which are logits / temperature
         self.cache = KVCache(model.config, batch_size, room, model.device, model.dtype)
         new = lambda *shape: torch.zeros(shape, dtype=torch.int64, device=model.device)
@@ -120,7 +118,7 @@ class Drafter:
         if drafting is None:
             with on(self.device):
                 graphs = Graphs(getattr(self.model, "graphs", False), FIRST)
-                layout = Layout(tree, fan_out, self.device, self.confident)
+                layout = Layout(tree, fan_out, self.device, self.options.by_round())
                 spec = self.blank(layout)
                 twin = next((other.spec for other in self.drafting.values() if other.layout.tree == tree), spec)
                 # The target's graphs of a tree read tokens and q where they are, so all its plans keep them there.
@@ -223,8 +221,8 @@ class Drafter:
         """While the target verifies self.spec: guess the outcomes and draft a speculation for each, K + 1 forwards.
 
         The first forward feeds the deepest nodes, the only ones drafting hasn't fed, so that outcomes behind them can
-        be guessed too; then the outcomes are chosen. glue: feed every node instead, because some speculation wasn't drafted by this model.
-        Returns a SpeculationCache.
+        be guessed too; then the outcomes are chosen. glue: feed every node instead, because some speculation wasn't drafted
+        by this model. Returns a SpeculationCache.
         """
         self.stats.draft_forwards += self.tree.depth + 1
         return self.run("draft", self._precompute, glue)
@@ -239,9 +237,7 @@ class Drafter:
             nodes = layout.nodes.repeat(B, 1)                               # [B, N]
             roots = self.spec.guesses.flatten(1).index_select(1, layout.guesses)
         else:
-            # The ancestors that come of it must suit the model's own ops; too many rows are for plain torch.
-            widest = max(level.rows.shape[1] for level in layout.branching.levels)
-            ops = getattr(self.model, "ops", kernels.TORCH) if widest <= MAX_ROWS else kernels.TORCH
+            ops = getattr(self.model, "ops", kernels.TORCH)                 # whose attention reads the ancestors that come of it
             nodes, roots, deeper = ops.outcomes(self.spec.guesses, self.spec.odds, self.prefix_len, self.tree, layout.branching)
         branches = self.blank(layout, nodes.shape[1])
         self.grow(branches, roots, deeper)

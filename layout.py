@@ -63,7 +63,8 @@ class Branching:
 
 
 class Layout:
-    """Drafting `tree` at the trunk and, with a fan-out, behind every outcome (node, f < fan_out[node])."""
+    """Drafting `tree` at the trunk and, with a fan-out, behind every outcome (node, f < fan_out[node]), or behind N of them that
+    each round chooses."""
 
     def __init__(self, tree, fan_out, device, confident=False):
         """fan_out: F_node for each node of the tree, or None where only speculations are wanted (SD). confident: only its sum N
@@ -72,7 +73,7 @@ class Layout:
         N, self.branching = sum(fan_out or ()), None
         if confident and fan_out:
             fan_out = [max(GUESSES, -(-N // tree.size))] * tree.size
-        self.tree, self.counts = tree, fan_out or [0] * tree.size           # F_node
+        self.tree, self.counts = tree, fan_out or [0] * tree.size           # F_node: guesses kept behind each node
         self.width = max(self.counts)                                       # F: guesses kept per node
         self.fan_out = tensor(self.counts)
         alone = torch.zeros(1, 0, dtype=torch.bool, device=device)

@@ -151,8 +151,8 @@ class Rest:
 
     def hopeless(self, coming=0):
         """Whether too few rounds found what had been prepared, if so many `coming` ones won't either."""
-        # The first plan is a guess, with a fan-out at the wrong places perhaps: it gets all of its rounds, since the next plan
-        # then starts anew. Later on it is enough that the rounds to come can't make good for those that were.
+        # The first plan is a guess, with a fan-out at the wrong places perhaps: it gets all of its rounds, as the next plan may
+        # then start anew. Later on it is enough that the rounds to come can't make good for those that were.
         rounds = self.rounds + coming
         return self.allowed and (rounds == TRIED or not self.guess) and self.found + TRIED - rounds < HOPELESS * TRIED
 

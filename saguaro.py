@@ -222,6 +222,7 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
     """Speculative speculative decoding: while the target verifies round T, the draft prepares round T+1."""
     options.check()
     batch = Batch(target_model, prompts, max_new_tokens, sampling, stop_ids, seeds, stats, draft_model)
+    options = options.settled(batch.sampler)
     tree, fan = make_plan(options, batch.stats, draft_model)
     nodes = options.most_nodes()
     room = batch.length + nodes * (options.fanout_budget + 3)           # two rounds that overshoot, the trunk and the branches

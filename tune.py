@@ -246,7 +246,8 @@ def choose(times, stats, draft_model, options=Options(), asked=()):
 
     def offer(mode, shape, tree, fan, share=None):
         known = fan
-        if mode == "ssd" and shape.by_round():          # they find what twice as many find that are spread by Theorem 12 (three drafts, README)
+        if mode == "ssd" and shape.by_round() and shape.accept == "coupled":
+            # They find what twice as many find that are spread by Theorem 12: 4- and 5-bit drafts, the embedded pair (README).
             known = make_plan(replace(shape, fanout_budget=min(MAX_BUDGET, 2 * shape.fanout_budget)), stats, draft_model)[1]
         tokens, hit_rate = expected(tree, known, accept)
         speed = times.batch * tokens / times.round_seconds(mode, tree, sum(fan), hit_rate, share)

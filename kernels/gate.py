@@ -23,4 +23,5 @@ def gate_kernel(found_ptr, opened_ptr, B, BLOCK: tl.constexpr):
 
 def wait_at_gate(found, opened):
     """Let the current stream wait unless found [B, 4] int64 says that all hit, until opened [1] int32 is 1; sets it back to 0."""
+    assert found.shape[1] == 4 and found.is_contiguous()
     gate_kernel[(1,)](found, opened, len(found), triton.next_power_of_2(len(found)), num_warps=1)

@@ -21,7 +21,7 @@ def grow_ref(tokens, guesses, ranked, drawn, known, children, nodes, below, to_t
     and the target's (tokens, guesses), or None where they are the same. -1 is no token.
     odds: None, or tensors that say how sure the draft is, float32: of its guesses [B, R, M+1, F], and of each node [B, R, M+1]
     behind its parent. They get log softmax(sharp * scores), scores [B, R*w, n] being those of the ranked tokens; a child that isn't
-    among them is as likely as the last.
+    among them is as likely as the last, an empty one impossible.
     """
     (B, R, _), F, C = tokens.shape, guesses.shape[-1], drawn.shape[-1]
     child = children[nodes, :C]                                             # [w, C]
@@ -42,7 +42,7 @@ def grow_ref(tokens, guesses, ranked, drawn, known, children, nodes, below, to_t
         put(odds[0][:, :, nodes, :order.shape[-1]], sure)
         same = ranked[..., None] == drawn[..., None, :]                                         # [B, R, w, n, C]
         sure = torch.where(same, sure[..., None], sure[..., -1:, None]).amax(-2)                # [B, R, w, C]
-        odds[1][:, :, child[exists]] = sure[:, :, exists]
+        odds[1][:, :, child[exists]] = sure.masked_fill(drawn < 0, -torch.inf)[:, :, exists]
     fed = tokens[:, :, below].flatten(1)
     return fed if to_draft is None else to_draft[fed.clamp(min=0)]
 
@@ -79,7 +79,8 @@ def grow_kernel(token_ptr, guess_ptr, ranked_ptr, drawn_ptr, known_ptr, child_pt
         sure -= tl.log(tl.sum(tl.exp(sure), axis=0))
         last = tl.min(tl.where(i < n_ranked, sure, float("inf")), axis=0)
         tl.store(guess_odds_ptr + place_of_guess, sure, mask=free & (rank < F))
-        tl.store(node_odds_ptr + tree * size + child, tl.max(tl.where(same, sure[:, None], last), axis=0), mask=exists)
+        behind = tl.where(drawn < 0, float("-inf"), tl.max(tl.where(same, sure[:, None], last), axis=0))
+        tl.store(node_odds_ptr + tree * size + child, behind, mask=exists)
     if IDS:
         drawn = tl.load(draft_id_ptr + tl.maximum(drawn, 0))
     tl.store(fed_ptr + tree * n_below + child - below, drawn, mask=exists)
@@ -89,6 +90,7 @@ def grow(tokens, guesses, ranked, drawn, known, children, nodes, below, to_targe
     """As grow_ref."""
     (B, R, size), device, (w, n_below) = tokens.shape, tokens.device, (s.stop - s.start for s in (nodes, below))
     assert tokens.is_contiguous() and guesses.is_contiguous() and ranked.is_contiguous() and drawn.is_contiguous()
+    assert odds is None or scores.is_contiguous() and all(x.is_contiguous() for x in odds)
     fed, n, C = torch.empty(B, R * n_below, dtype=torch.int64, device=device), ranked.shape[-1], children.shape[1]
     none = lambda x: tokens if x is None else x
     grow_kernel[(B * R * w,)](

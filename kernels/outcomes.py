@@ -11,7 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.launch import MAX_ROWS
 from kernels.tree_attention import Ancestors
+
+
+def level_mask(level, nodes, tree, N):
+    """What the rows of a level see [B, T, S], if its branches hang on nodes [B, N]."""
+    above = tree.mask[nodes].repeat_interleave(level.rows.shape[1] // N, 1)                     # [B, T, M+1]
+    return torch.cat([above, level.ancestors.mask[:, tree.size:].expand(len(nodes), -1, -1)], 2)
 
 
 def outcomes_ref(guesses, odds, prefix_len, tree, branching):
@@ -19,21 +26,21 @@ def outcomes_ref(guesses, odds, prefix_len, tree, branching):
 
     guesses [B, M+1, F] int64, -1 where there is none; odds: log-chances float32, of the guesses [B, M+1, F] and of each node behind
     its parent [B, M+1]; branching: a layout.Branching. Returns nodes [B, N], roots [B, N] (their guesses), and for each of its
-    levels (level, (position, position of the next token, slot) [B, T] each, Ancestors of each sequence).
+    levels (level, (position, position of the next token, slot) [B, T] each, Ancestors of each sequence: masks; from the kernel
+    lists, and masks only of levels with too many rows for the Triton attention).
     """
     (B, size, F), device = guesses.shape, guesses.device
     edges = odds[1].masked_fill(torch.arange(size, device=device) == 0, 0.0)
     reach = torch.where(tree.mask, edges[:, None], 0.0).sum(-1)             # [B, M+1]
-    chance = torch.where(guesses >= 0, reach[..., None] + odds[0], -1e30).flatten(1)
+    chance = reach[..., None] + odds[0]
+    chance = torch.where((guesses >= 0) & (chance > -1e30), chance, -1e30).flatten(1)           # NaN, too
     best = chance.argsort(dim=1, descending=True, stable=True)[:, :branching.N]
     nodes, roots = best // F, guesses.flatten(1).gather(1, best)
-    depth, above, forwards = tree.node_depth[nodes], tree.mask[nodes], []   # [B, N], [B, N, M+1]
+    start, forwards = prefix_len[:, None] + tree.node_depth[nodes] + 1, []  # [B, N] the root's position
     for level in branching.levels:
         own, _, slot = level.rows
-        w = len(own) // branching.N
-        position = prefix_len[:, None] + depth.repeat_interleave(w, 1) + 1 + own
-        inside = level.ancestors.mask[:, size:].expand(B, -1, -1)           # [B, T, N * (M+1)]
-        ancestors = Ancestors(torch.cat([above.repeat_interleave(w, 1), inside], 2), None, None)
+        position = start.repeat_interleave(len(own) // branching.N, 1) + own
+        ancestors = Ancestors(level_mask(level, nodes, tree, branching.N), None, None)
         forwards.append((level, (position, position + 1, prefix_len[:, None] + slot), ancestors))
     return nodes, roots, forwards
 
@@ -99,6 +106,7 @@ def outcomes(guesses, odds, prefix_len, tree, branching):
     for level, start in zip(branching.levels, branching.starts):
         T = level.rows.shape[1]
         of = lambda x, n=1: x[n * B * start:n * B * (start + T)]
-        ancestors = Ancestors(None, of(slots).view(B, T, -1), of(counts).view(B, T))
+        mask = level_mask(level, nodes, tree, N) if T > MAX_ROWS else None
+        ancestors = Ancestors(mask, of(slots).view(B, T, -1), of(counts).view(B, T))
         forwards.append((level, tuple(of(places, 3).view(3, B, T)), ancestors))
     return nodes, roots, forwards

@@ -60,23 +60,23 @@ def switch_kernel(path_ptr, length_ptr, bonus_ptr, token_ptr, guess_ptr, guess_o
     tl.store(prefix_ptr + b, after)
     tl.store(token_ptr, bonus)
     if N > 0:
-        here = tl.load(node_ptr + b * N + i, mask=i < N, other=-1) == tl.load(path_ptr + DEPTH)
-        right = here & (tl.load(root_ptr + b * N + i, mask=i < N, other=-1) == bonus)
+        at_node = tl.load(node_ptr + b * N + i, mask=i < N, other=-1) == tl.load(path_ptr + DEPTH)
+        right = at_node & (tl.load(root_ptr + b * N + i, mask=i < N, other=-1) == bonus)
         hit = tl.max(right.to(tl.int64), axis=0)
         branch = tl.min(tl.where(right, i, BLOCK), axis=0).to(tl.int64) * hit
         tl.store(found_ptr + 4 * b, hit)
         tl.store(found_ptr + 4 * b + 1, branch)
-        tl.store(found_ptr + 4 * b + 2, tl.sum((here & (i < branch)).to(tl.int64), axis=0))
-        tl.store(found_ptr + 4 * b + 3, tl.sum(here.to(tl.int64), axis=0))
+        tl.store(found_ptr + 4 * b + 2, tl.sum((at_node & (i < branch)).to(tl.int64), axis=0))
+        tl.store(found_ptr + 4 * b + 3, tl.sum(at_node.to(tl.int64), axis=0))
         tree = b * N + branch
         below = (i > 0) & (i < size)
         tl.store(token_ptr + i, tl.load(branch_token_ptr + tree * size + i, mask=below), mask=below)
         for j in range(0, size * F, MANY):
             g = j + tl.arange(0, MANY)
-            mask = g < size * F
-            tl.store(guess_ptr + b * size * F + g, tl.load(branch_guess_ptr + tree * size * F + g, mask=mask), mask=mask)
+            mask, here, there = g < size * F, b * size * F + g, tree * size * F + g
+            tl.store(guess_ptr + here, tl.load(branch_guess_ptr + there, mask=mask), mask=mask)
             if ODDS:
-                tl.store(guess_odds_ptr + b * size * F + g, tl.load(branch_guess_odds_ptr + tree * size * F + g, mask=mask), mask=mask)
+                tl.store(guess_odds_ptr + here, tl.load(branch_guess_odds_ptr + there, mask=mask), mask=mask)
         if ODDS:
             tl.store(node_odds_ptr + b * size + i, tl.load(branch_node_odds_ptr + tree * size + i, mask=i < size), mask=i < size)
         tl.store(src_ptr + DEPTH + 1 + i, start + hit * ((branch + 1) * size + i), mask=i < size)
@@ -91,7 +91,7 @@ def switch(path, length, bonus, tokens, guesses, odds, history, prefix_len, outc
     *branches, branch_odds = (*none, *none, None) if outcomes is None else outcomes
     N = 0 if outcomes is None else branches[0].shape[1]
     assert all(x.is_contiguous() for x in (path, tokens, guesses, history, *(odds or ()), *branches, *(branch_odds or ())))
-    switch_kernel[(B,)](path, length, bonus, tokens, guesses, *(odds or none), history, prefix_len, *branches, *(branch_odds or none),
-                        found, src, dst, path.shape[1] - 1, P, size, guesses.shape[-1], history.shape[1], N, branch_odds is not None,
-                        triton.next_power_of_2(max(size, N)), 256, num_warps=4)
+    switch_kernel[(B,)](path, length, bonus, tokens, guesses, *(odds or none), history, prefix_len, *branches,
+                        *(branch_odds or none), found, src, dst, path.shape[1] - 1, P, size, guesses.shape[-1], history.shape[1], N,
+                        branch_odds is not None, triton.next_power_of_2(max(size, N)), 256, num_warps=4)
     return None if outcomes is None else found, src, dst

@@ -155,8 +155,8 @@ def synthetic(pair):
     """SYNTHETIC acceptance, for models without a common text.
 
     Every position of a sequence has one fixed token, which is what the target says there, and one rank, at which the
-    draft says it, drawn with the chances pair.accept; how sure the draft is follows these chances, too. Both models do all their work first; then their choice is
-    overwritten. So rounds cost what they cost, ar, sd and ssd write the same, and hits follow from the ranks.
+    draft says it, drawn with the chances pair.accept; how sure the draft is follows these chances, too. Both models do all
+    their work first; then their choice is overwritten. So rounds cost what they cost, ar, sd and ssd write the same, and hits follow from the ranks.
     """
     if pair.accept is None:
         yield
@@ -167,7 +167,8 @@ def synthetic(pair):
     class Synthetic(Sampler):
         def rank(self, model, hidden, positions, n, ids=None):
             ranked, _ = super().rank(model, hidden, positions, n, ids)                          # [B, T, n]
-            scores = (chances[:ranked.shape[-1]] / (self.temperature or 1.0)).expand(ranked.shape)
+            at = torch.arange(ranked.shape[-1], device=ranked.device).clamp(max=len(chances) - 1)
+            scores = (chances[at] / (self.temperature or 1.0)).expand(ranked.shape).contiguous()
             u = uniform(self.seeds, SYNTHETIC, positions, torch.arange(2, device=positions.device))
             own = 1 + (u[..., :1] * known).long().clamp(max=known - 1)                          # [B, T, 1]
             if model is pair.target:

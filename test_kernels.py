@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphs
 import kernels
@@ -462,6 +463,21 @@ def test_outcomes(parents, B, N, monkeypatch):
             seen = lists.slots[b, t, :lists.count[b, t]]
             assert torch.equal(seen, masks.mask[b, t].nonzero()[:, 0]), "ascending: in the order of their positions"
             assert start[b] + len(seen) - 1 == places[0][b, t] and start[b] + seen[-1] == places[2][b, t]
+
+
+def test_plain_outcomes_can_be_recorded():
+    """In plain torch, too, on a GPU they are part of a CUDA graph: no op may want a number from the device."""
+    seen, tree = set(), Tree([-1, 0, 0, 1, 1], DEVICE)
+    layout = Layout(tree, [5] + [0] * 4, DEVICE, confident=True)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.add(op.name().split(".")[0])
+            return op(*args, **(kwargs or {}))
+    odds = tuple(torch.rand(2, *shape, device=DEVICE) for shape in ((5, layout.width), (5,)))
+    with Watch():
+        outcomes.outcomes_ref(ints(9, 2, 5, layout.width), odds, ints(9, 2), tree, layout.branching)
+    assert "aten::sort" in seen and not seen & {"aten::_local_scalar_dense", "aten::nonzero", "aten::repeat_interleave"}
 
 
 @pytest.mark.parametrize("parents, B, N", list(itertools.product(TREES[1:], [1, 3], [0, 1, 30])))

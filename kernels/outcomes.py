@@ -15,10 +15,16 @@ from kernels.launch import MAX_ROWS
 from kernels.tree_attention import Ancestors
 
 
-def level_mask(level, nodes, tree, N):
+def each_row(x, level):
+    """What is known of each branch, x [B, N, ...], for each row of a level [B, T, ...]."""
+    B, N, *more = x.shape
+    return x[:, :, None].expand(B, N, level.rows.shape[1] // N, *more).flatten(1, 2)
+
+
+def level_mask(level, nodes, tree):
     """What the rows of a level see [B, T, S], if its branches hang on nodes [B, N]."""
-    above = tree.mask[nodes].repeat_interleave(level.rows.shape[1] // N, 1)                     # [B, T, M+1]
-    return torch.cat([above, level.ancestors.mask[:, tree.size:].expand(len(nodes), -1, -1)], 2)
+    inside = level.ancestors.mask[:, tree.size:].expand(len(nodes), -1, -1)
+    return torch.cat([each_row(tree.mask[nodes], level), inside], 2)
 
 
 def outcomes_ref(guesses, odds, prefix_len, tree, branching):
@@ -39,8 +45,8 @@ def outcomes_ref(guesses, odds, prefix_len, tree, branching):
     start, forwards = prefix_len[:, None] + tree.node_depth[nodes] + 1, []  # [B, N] the root's position
     for level in branching.levels:
         own, _, slot = level.rows
-        position = start.repeat_interleave(len(own) // branching.N, 1) + own
-        ancestors = Ancestors(level_mask(level, nodes, tree, branching.N), None, None)
+        position = each_row(start, level) + own
+        ancestors = Ancestors(level_mask(level, nodes, tree), None, None)
         forwards.append((level, (position, position + 1, prefix_len[:, None] + slot), ancestors))
     return nodes, roots, forwards
 
@@ -106,7 +112,7 @@ def outcomes(guesses, odds, prefix_len, tree, branching):
     for level, start in zip(branching.levels, branching.starts):
         T = level.rows.shape[1]
         of = lambda x, n=1: x[n * B * start:n * B * (start + T)]
-        mask = level_mask(level, nodes, tree, N) if T > MAX_ROWS else None
+        mask = level_mask(level, nodes, tree) if T > MAX_ROWS else None
         ancestors = Ancestors(mask, of(slots).view(B, T, -1), of(counts).view(B, T))
         forwards.append((level, tuple(of(places, 3).view(3, B, T)), ancestors))
     return nodes, roots, forwards

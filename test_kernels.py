@@ -598,7 +598,6 @@ def test_mail_that_was_written_over_is_noticed():
         box.wait_for(5, 2)
 
 
-
 @gpu_only
 def test_mailbox():
     """Several receipts at once, in order; a step that a graph replays; another box's numbers are no good here."""

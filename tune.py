@@ -220,7 +220,7 @@ def expected(tree, fan, accept):
     (On the embedded pair that is within .04 of measured hit rates, where F^-r, which a fan-out of 1 never satisfies, is not.)
     """
     reach = tree.reach(accept)
-    hit = sum(chance * sum(accept[n:n + f]) for chance, n, f in zip(reach, tree.n_children, fan))
+    hit = sum((chance * sum(accept[n:n + f]) for chance, n, f in zip(reach, tree.n_children, fan)), 0.0)
     return sum(reach), min(1.0, hit)
 
 
@@ -244,23 +244,22 @@ def choose(times, stats, draft_model, options=Options(), asked=()):
     """
     accept, plans = stats.rank_acceptance(), {}
 
-    def offer(mode, shape, tree, fan, share=None):
-        known = fan
-        if mode == "ssd" and shape.by_round() and shape.accept == "coupled":
-            # They find what twice as many find that are spread by Theorem 12: 4- and 5-bit drafts, the embedded pair (README).
-            known = make_plan(replace(shape, fanout_budget=min(MAX_BUDGET, 2 * shape.fanout_budget)), stats, draft_model)[1]
-        tokens, hit_rate = expected(tree, known, accept)
-        speed = times.batch * tokens / times.round_seconds(mode, tree, sum(fan), hit_rate, share)
+    def offer(mode, shape, tree, branches=0, fan=(), share=None):
+        tokens, hit_rate = expected(tree, fan, accept)
+        speed = times.batch * tokens / times.round_seconds(mode, tree, branches, hit_rate, share)
         if mode not in plans or speed > plans[mode].tokens_per_second:
             plans[mode] = Plan(shape.k, shape.tree, shape.fanout_budget, share, tokens, hit_rate, speed)
 
-    offer("ar", options, Tree.chain(0), [0])
+    offer("ar", options, Tree.chain(0))
     for shape in candidates(options, asked, draft_model.config.vocab_size):
         tree, fan = make_plan(shape, stats, draft_model)
-        offer("sd", shape, tree, [0] * tree.size)
-        wide = sum(fan) * max(map(len, tree.levels[:-1])) > MAX_ROWS
+        offer("sd", shape, tree)
+        branches, wide = sum(fan), sum(fan) * max(map(len, tree.levels[:-1])) > MAX_ROWS
+        if shape.by_round() and shape.accept == "coupled":
+            # They find what twice as many find that are spread by Theorem 12: 4- and 5-bit drafts, the embedded pair (README).
+            fan = make_plan(replace(shape, fanout_budget=min(MAX_BUDGET, 2 * shape.fanout_budget)), stats, draft_model)[1]
         for share, _, _ in times.slowdown if not wide or "ssd" not in plans else ():
-            offer("ssd", shape, tree, fan, share)
+            offer("ssd", shape, tree, branches, fan, share)
     return plans
 
 

@@ -20,7 +20,7 @@ sequences of a batch together; the first rounds of a run and those around a step
 of it (how many is in the JSON). "First token" is what a user waits for: prompt processing of both models and a first round. The ceiling
 is the time in which a plain copy moves the bytes that one target step must read; "of ceiling" is that over ms per round.
 Figures are medians of repeats with [least..most]; within a repeat the modes take turns at every prompt, and a ratio is that of one
-repeat. A repeat in which a mode decodes for less than a second goes over the prompts several times. "x sd" is against the sd with
+repeat. A repeat in which a mode decodes for less than half a second goes over the prompts several times. "x sd" is against the sd with
 the same speculation, if the table has it. "ms of a round" is from another run, of two prompts, watched by events: what part of a round
 was a verify, drafting that no verify hid, a backup after a miss, the look-up, or waiting for the host.
 """
@@ -63,7 +63,7 @@ COUNTED = "tokens", "seconds", "rounds", "sequence_rounds", "accepted", "tested"
 COUNTS = operator.attrgetter(*COUNTED)
 SETTLE = 3              # rounds at the start of a run that aren't timed
 WARM_UP = 2             # groups of prompts that all contestants run before anything is timed
-LEAST_SECONDS = 1.0     # of decoding in a repeat: small models go over the prompts several times
+LEAST_SECONDS = 0.5     # of a repeat: small models go over the prompts several times
 MOST_PASSES = 100
 CLOSER = 6              # rows of a table of which it is looked up where a round goes; of longer ones only sd and ssd
 TREE_DEPTH = 10         # greatest depth of the trees that --sweep tree tries

@@ -15,6 +15,7 @@ import json
 import math
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -212,6 +213,7 @@ class Llama(nn.Module):
         self.ops = kernels.TRITON if self.graphs and c.head_dim & (c.head_dim - 1) == 0 else kernels.TORCH
         if self.graphs and self.ops is kernels.TORCH:
             warnings.warn(f"head_dim {c.head_dim} is no power of two: plain torch instead of the Triton kernels")
+        self.compiled = set()                           # kinds of steps whose kernels are there
         self.register_buffer("freqs", rope_frequencies(c).to(device), persistent=False)
         # A trimmed draft's id -> target id; draft id 0 stands for every token it doesn't know and maps to -1.
         trimmed = c.target_vocab_size is not None
@@ -238,12 +240,21 @@ class Llama(nn.Module):
         if end is None:     # looking costs a sync on the GPU; there the whole capacity is the bound
             end = cache.capacity if tokens.is_cuda else int(slots.max()) + 1
         ops = self.ops if T <= kernels.MAX_ROWS else kernels.TORCH          # a long prefill chunk: cuBLAS is best
+        step = partial(self.step, ops, tokens, positions, slots, prefix_len, mask, cache, end)
+        if ops is not kernels.TORCH and tokens.is_cuda and (id(ops), B, T) not in self.compiled:
+            self.compiled.add((id(ops), B, T))
+            with kernels.compiling_together():
+                step(self.layers[:1])                                       # the others use the same kernels
+        return step(self.layers)
+
+    def step(self, ops, tokens, positions, slots, prefix_len, mask, cache, end, layers):
+        """The forward itself, through the first of the layers or all."""
         visible, eps = ops.visibility(prefix_len, mask, end), self.config.norm_eps
         # x, the residual stream, travels with what the norm that reads it next must know (kernels.linear.Stream); the final
         # norm, an op of its own, goes by x alone.
         x, cos, sin, sums = ops.embed(tokens, positions, self.embed, self.freqs, self.layers[0].attn_norm, 2 * len(self.layers))
         next_norms = [layer.attn_norm for layer in self.layers[1:]] + [self.norm]
-        for i, (layer, norm, k, v) in enumerate(zip(self.layers, next_norms, cache.k, cache.v)):
+        for i, (layer, norm, k, v) in enumerate(zip(layers, next_norms, cache.k, cache.v)):
             q = ops.qkv_rope(x, layer.attn_norm, eps, layer.wqkv, cos, sin, slots, k, v)                # [B, T, H, D]
             y = ops.tree_attention(q, k, v, visible)
             x = ops.add_linear(y.flatten(2), layer.wo, x, layer.mlp_norm, sums[2 * i])

@@ -5,7 +5,10 @@ error against fp32 may be at most twice that of the same maths in bf16 torch, an
 the last bit however many other tokens stand beside it.
 """
 import itertools
+import os
 import random
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -816,3 +819,32 @@ def test_awkward_forwards(name, prefix):
         out[kind] = Steps(model, False)(tree, tokens, start, cache)
     error, bar = ((out[kind] - out["truth"]).norm(dim=-1) for kind in ("triton", "torch"))
     assert (error.norm() <= 2 * bar.norm()) and torch.isfinite(error).all(), (error, bar)
+
+
+ONLY_COMPILED = """
+import torch, triton
+from types import SimpleNamespace
+from triton.backends.compiler import GPUTarget
+triton.runtime.driver.set_active(SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 0,
+                                                 get_current_target=lambda: GPUTarget("cuda", 90, 32)))
+import kernels
+from model import KVCache, Llama, LlamaConfig
+from tree import Tree
+model = Llama(LlamaConfig.from_folder("weights/draft"), "cpu", torch.bfloat16)
+model.ops, cache = kernels.TRITON, KVCache(model.config, 1, 8, model.device, model.dtype)
+cache.k.fill_(7.0)
+launch, places = triton.JITFunction.run, torch.arange(4)[None]
+with kernels.compiling_together():
+    model(torch.zeros_like(places), places, places, torch.zeros(1, dtype=torch.int64), Tree.chain(3, "cpu").ancestors, cache)
+assert triton.JITFunction.run is launch and bool((cache.k == 7.0).all())
+"""
+
+
+def test_kernels_of_a_forward_are_compiled_together(tmp_path):
+    """... for a Hopper GPU, by threads, and not launched: there may be no GPU at all."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ran = subprocess.run([sys.executable, "-c", ONLY_COMPILED], cwd=ROOT, env=env | {"TRITON_CACHE_DIR": str(tmp_path)},
+                         capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert {path.stem for path in tmp_path.rglob("*.cubin")} == {
+        "embed_kernel", "qkv_kernel", "tree_attention_kernel", "combine_kernel", "linear_kernel", "swiglu_kernel", "norm_kernel"}

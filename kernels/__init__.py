@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from kernels import accept, commit, embed, grow, head, linear, outcomes, settle, switch, tree_attention
 from kernels.head import MAX_BEST
-from kernels.launch import MAX_ROWS, Int8Weight, Share
+from kernels.launch import MAX_ROWS, Int8Weight, Share, compiling_together
 from kernels.noise import gumbel, uniform
 from kernels.tree_attention import Ancestors
 
@@ -38,5 +38,5 @@ def ops_for(tensor):
     return TRITON if tensor.is_cuda else TORCH
 
 
-__all__ = ["Ancestors", "MAX_BEST", "MAX_ROWS", "TORCH", "TRITON", "Int8Weight", "Share", "gumbel", "ops_for", "triton_ops",
-           "uniform"]
+__all__ = ["Ancestors", "MAX_BEST", "MAX_ROWS", "TORCH", "TRITON", "Int8Weight", "Share", "compiling_together", "gumbel",
+           "ops_for", "triton_ops", "uniform"]

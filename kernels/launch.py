@@ -4,11 +4,15 @@ Programmatic dependent launch (PDL) lets a kernel start while the one before it 
 weights, which don't depend on anybody, into the L2 cache, and waits only then for its inputs: the launch latency and
 the ramp-up of 6 kernels a layer disappear behind each other.
 """
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.jit import JITFunction
 
 PREFETCH = 64 << 10                     # bytes of weights that a waiting program fetches into L2
 SHARED_MEMORY = 200e3, 84e3             # bytes of tiles in flight that fit beside 16 KB for the end: on a Hopper GPU, on any other
@@ -161,6 +165,22 @@ class Launch(Operands):
             arrivals[stream, self.blocks] = torch.zeros(self.blocks, dtype=torch.int32, device=self.device)
         part = torch.empty(self.blocks * self.SPLIT * self.BN * self.BM, device=self.device, dtype=torch.float32)
         return part, arrivals[stream, self.blocks]
+
+
+ONE_THREAD = threading.Lock()          # at a time changes how kernels are launched
+
+
+@contextlib.contextmanager
+def compiling_together():
+    """What this thread launches in here is only compiled, many kernels at a time: each takes half a second, when it is new."""
+    with ONE_THREAD, ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+        run, here = JITFunction.run, threading.get_ident()
+        JITFunction.run = lambda kernel, *args, warmup, **more: run(
+            kernel, *args, warmup=warmup or threading.get_ident() == here, **more)
+        try:
+            yield
+        finally:
+            JITFunction.run = run
 
 
 def pdl(device):

@@ -19,6 +19,7 @@ NOTHING = contextlib.nullcontext()
 SLOTS = 512                     # cache slots come in multiples of it, so that requests of like length are of one kind
 IDLE = 4                        # requests whose sides a target model keeps for later ones
 FANOUTS = "uniform", "geometric", "auto", "confident"       # the last: where this round's draft is unsure (kernels/outcomes.py)
+CHEAP_ROWS = 32                 # of a draft's forward: those of two sequences with 16 branches each were hardly felt on an H100
 MAX_BUDGET = 1024               # outcomes guessed per sequence and round; each is a tree of its own in all forwards but one
 
 
@@ -68,12 +69,13 @@ class Options:
             return 1 + sum(itertools.accumulate(widths, operator.mul))
         return 1 + (widths or self.k)
 
-    def guessing(self, outcomes):
-        """The same with so many outcomes guessed; None, where the user leaves it open: 16 after a chain. A tree is drafted behind
-        each of them, level by level; so many that a forward still has some 16 rows were the best on an H100 (README), though no
+    def guessing(self, outcomes, batch=1):
+        """The same with so many outcomes guessed for each sequence of a batch; None, where the user leaves it open: 16 after a
+        chain, fewer in larger batches, whose branches share a forward that stops being cheap at some 32 rows. A tree is drafted
+        behind each of them, level by level; so many that a forward still has some 16 rows were the best on an H100 (README). Never
         fewer than 4."""
         if outcomes is None:
-            widths, usual = self.widths(), Options.fanout_budget
+            widths, usual = self.widths(), max(4, min(Options.fanout_budget, CHEAP_ROWS // batch))
             levels = len(widths) if isinstance(widths, list) else self.k
             outcomes = min(usual, max(4, round(usual * levels / max(1, self.most_nodes() - 1))))     # K = 0 is for check() to say
         return replace(self, fanout_budget=outcomes)

@@ -228,7 +228,7 @@ def contestants_for(args, pair, group, share_of, more=True):
                     if what == "tree":
                         options = replace(options, tree=str(value), k=args.options.k if given else TREE_DEPTH)
                     if what != "fanout":
-                        options = options.guessing(args.fanout_budget)
+                        options = options.guessing(args.fanout_budget, len(group))
                     options.check()
                     title = {"k": f"{mode}, K = {value}", "fanout": f"{mode}, {value} outcomes",
                              "tree": f"{mode}, tree of {value}, depth {options.k}"}[what]
@@ -282,6 +282,7 @@ def speed(args):
         for context in args.context or [None]:
             prompts = pair.prompts if context is None else lengthened(pair.prompts, context)
             for size in args.batch:
+                args.options = args.options.guessing(args.fanout_budget, size)
                 count = max(1, args.sequences // size) * size
                 texts = [prompts[i * max(count, len(prompts)) // count % len(prompts)] for i in range(count)]
                 groups = [texts[i:i + size] for i in range(0, count, size)]

@@ -107,7 +107,7 @@ class Engine:
         self.sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
         self.asked = {name: getattr(args, name) for name in TUNED if getattr(args, name) is not None}
         self.options = Options(fanout=args.fanout, saguaro_c=args.saguaro_c, accept=args.accept, backup=args.backup,
-                               **self.asked).guessing(args.fanout_budget)
+                               **self.asked).guessing(args.fanout_budget, args.batch)
         self.options.check()
         self.plans = {}                         # mode -> tune.Plan, once `plan` has found some
         self.timeline = Timeline(target=self.device, draft=self.draft_device) if args.trace or args.timeline else None

@@ -62,7 +62,7 @@ def parse_flags(argv, description=None):
     add("--tree", Options.tree, "draft a tree: children per depth (4,2,1,1) or the best one of so many nodes (32)")
     add("--fanout", Options.fanout, "how ssd spreads its guesses", choices=FANOUTS)
     add("--fanout-budget", "auto", f"outcomes that ssd guesses in a round; auto is what --tune found, else "
-        f"{Options.fanout_budget}, with --tree 4 to {Options.fanout_budget}", type=number_or_auto, metavar="N")
+        f"{Options.fanout_budget}, with --tree or --batch 4 to {Options.fanout_budget}", type=number_or_auto, metavar="N")
     add("--saguaro-c", Options.saguaro_c, "C of Saguaro sampling, for --accept residual")
     add("--accept", Options.accept, "accept rule", choices=("coupled", "residual"))
     add("--backup", Options.backup, "who drafts after a miss", choices=("neural", "fast", "auto"))

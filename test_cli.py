@@ -367,7 +367,10 @@ def test_slower_speculation_is_not_used(tuned, mode, times):
 
 @pytest.mark.parametrize("flags, tree, budget", [((), None, 16), (("--tree", 32), "32", 4), (("--tree", "4,2,1"), "4,2,1", 4),
                                                  (("--tree", "2,1,1"), "2,1,1", 8), (("--tree", 8, "--k", 8), "8", 16),
-                                                 (("--tree", 32, "--fanout-budget", 7), "32", 7)])
+                                                 (("--tree", 32, "--fanout-budget", 7), "32", 7), (("--batch", 2), None, 16),
+                                                 (("--batch", 4), None, 8), (("--batch", 64), None, 4),
+                                                 (("--batch", 4, "--tree", "2,1,1"), "2,1,1", 4),
+                                                 (("--batch", 8, "--fanout-budget", 16), None, 16)])
 def test_without_a_choice_the_defaults(run, target, draft, monkeypatch, flags, tree, budget):
     seen = used(monkeypatch)
     run("--model", target, "--draft", draft, "--prompt", "Once", "--max-new-tokens", 4, *(flags or ("--k", "auto")))

@@ -62,7 +62,7 @@ def parse_flags(argv, description=None):
             ("--rows", numbers, "N,N", [1, 8, 16, 32, 64], "tokens in a step, for --steps"),
             ("--k", int, "N", Options.k, "lookahead"), ("--tree", str, "TREE", None, "as in generate.py"),
             ("--ctas", numbers, "N,KB", None, "CTAs of a linear of ssd's target, KB in flight in each (GPU; default: its SMs,48, from K = 8 on its SMs,32)"),
-            ("--fanout-budget", int, "N", None, f"outcomes guessed in a round (default: {Options.fanout_budget}, behind trees fewer)"),
+            ("--fanout-budget", int, "N", None, f"outcomes guessed in a round (default: {Options.fanout_budget}, behind trees and in batches fewer)"),
             ("--sweep", sweeps, "k,fanout,tree,cta", {}, "also time other values of these; tree=32: that one, as deep as --k"),
             ("--steps", names, "SHAPES", None, "time single steps with random weights"),
             ("--kernels", names, "SHAPES", None, "time single kernels (GPU)")):

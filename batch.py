@@ -59,7 +59,7 @@ class Options:
         return self.fanout == "confident"
 
     def settled(self, sampler):
-        """These options for what a sampler does: the noise of rejection sampling is its own, and q_C must know F beforehand."""
+        """These options for what a Sampler or Sampling does: the noise of rejection sampling is its own, and q_C must know F beforehand."""
         return replace(self, fanout="geometric") if self.by_round() and self.residual(sampler) else self
 
     def most_nodes(self):

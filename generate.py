@@ -163,7 +163,7 @@ class Engine:
             known = tune_cache.load(*self.models, len(prompts), self.sampling, self.options.accept)
         if known is None:
             return
-        self.plans = tune.choose(*known, self.models[1], self.options, self.asked)
+        self.plans = tune.choose(*known, self.models[1], self.options.settled(self.sampling), self.asked)
         if self.args.tune:
             print(*tune.describe(known[0], self.plans), sep="\n", file=sys.stderr)
         if self.args.mode is None and not self.args.compare and (best := tune.best_mode(self.plans)) != self.mode:

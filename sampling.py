@@ -17,6 +17,8 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
 
+    greedy = property(lambda self: self.temperature == 0)
+
 
 def filter_logits(logits, top_k, top_p):
     """Keep the top_k largest logits and of those the smallest set with mass >= top_p; the others become -inf.

@@ -95,6 +95,9 @@ def test_plans_fit_the_machine():
     batch = dataclasses.replace(machine(), batch=8)
     assert tune.choose(batch, GOOD, DRAFT)["ar"].tokens_per_second == pytest.approx(1600)
     assert tune.choose(batch, GOOD, DRAFT)["ssd"].tokens_per_second < 8 * free_width["ssd"].tokens_per_second
+    hits = [tune.choose(machine(), GOOD, DRAFT, Options(accept="residual").settled(Sampling(T)), ("k", "tree", "fanout_budget"))
+            ["ssd"].hit_rate for T in (0.0, 1.0)]
+    assert hits[0] > hits[1]                                                # rejection sampling can't go by each round's confidence
 
 
 @pytest.mark.parametrize("asked", [dict(k=4), dict(tree="15"), dict(tree="3,2,1", k=6), dict(tree="15", k=5),

@@ -239,8 +239,8 @@ def candidates(options, asked, vocab_size):
 def choose(times, stats, draft_model, options=Options(), asked=()):
     """The fastest plan of each mode: {"ar": Plan, "sd": Plan, "ssd": Plan}.
 
-    stats: acceptance by rank and miss exponent of a run of ssd. asked: names of the fields of `options` that the user has
-    set ("k", "tree", "fanout_budget"): they stay as they are, the others are free.
+    stats: acceptance by rank and miss exponent of a run of ssd. options: `settled` for how it samples. asked: names of those of its
+    fields that the user has set ("k", "tree", "fanout_budget"): they stay as they are, the others are free.
     """
     accept, plans = stats.rank_acceptance(), {}
 
@@ -255,7 +255,7 @@ def choose(times, stats, draft_model, options=Options(), asked=()):
         tree, fan = make_plan(shape, stats, draft_model)
         offer("sd", shape, tree)
         branches, wide = sum(fan), sum(fan) * max(map(len, tree.levels[:-1])) > MAX_ROWS
-        if shape.by_round() and shape.accept == "coupled":
+        if shape.by_round():
             # They find what twice as many find that are spread by Theorem 12: 4- and 5-bit drafts, the embedded pair (README).
             fan = make_plan(replace(shape, fanout_budget=min(MAX_BUDGET, 2 * shape.fanout_budget)), stats, draft_model)[1]
         for share, _, _ in times.slowdown if not wide or "ssd" not in plans else ():

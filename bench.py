@@ -42,7 +42,7 @@ import torch.nn.functional as F
 import batch as batching
 from batch import Stats
 from errors import UserError, exit_on_user_error
-from generate import MODES, WEIGHTS, peak_memory
+from generate import MODES, WEIGHTS, compiling, peak_memory
 from graphs import Graphs
 from kernels import Share
 from kernels import tune as linears
@@ -139,8 +139,9 @@ def compare(contestants, groups, repeats, device):
 
     warm, passes = {}, {}                                       # compiles, measures acceptance for the plans
     for label in contestants:
-        for first in spread_over(range(len(groups)), WARM_UP):
-            turn(label, first, warm)
+        with compiling(device):
+            for first in spread_over(range(len(groups)), WARM_UP):
+                turn(label, first, warm)
         kept = warm[label]
         once = kept["seconds"] * (1 + kept["left_out"] / max(1, kept["rounds"])) * len(groups) / min(WARM_UP, len(groups))
         passes[label] = min(MOST_PASSES, max(1, math.ceil(LEAST_SECONDS / once))) if once else 1

@@ -9,10 +9,13 @@
 Text (or JSON) goes to stdout, all else to stderr. Exit code 0; 2 for a mistake in the request, which one line explains;
 130 after Ctrl-C, with the text so far; 141 if the reader of stdout went away.
 """
+import contextlib
+import itertools
 import json
 import os
 import resource
 import sys
+import threading
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +36,7 @@ from tokenizer import Tokenizer
 WEIGHTS = Path(__file__).resolve().parent / "weights"               # the embedded pair: target/ and draft/
 MODES = {"ar": autoregressive, "sd": sd, "ssd": ssd}
 TINTS = {"accepted-hit": "\033[32m", "accepted-miss": "\033[33m", "bonus": "\033[36m"}     # green, yellow, cyan
+PATIENCE = 3.0                  # seconds without a word
 WARM_UP_TOKENS = 16             # --compare runs each mode this far beforehand, so that none is timed while it compiles
 TUNE_TEXT = "Tell me a long story about the sea."           # what --tune runs on where no prompt is given
 TUNED = "k", "tree", "fanout_budget"                        # what a plan sets unless the user does
@@ -188,7 +192,9 @@ class Engine:
         decoders = [self.tokenizer.stream() for _ in replies]
         prompts, start = [reply.prompt_ids for reply in replies], time.perf_counter()
         loop = MODES[mode](*models, prompts, max_new_tokens, self.sampling, *options, self.stop_ids, stats=stats)
-        for chunks in loop:
+        with compiling(self.device):
+            first = next(loop, [])
+        for chunks in itertools.chain([first], loop):
             now = time.perf_counter() - start
             for chunk in chunks:
                 reply, decoder = replies[chunk.sequence], decoders[chunk.sequence]
@@ -215,6 +221,20 @@ def loading(name):
             print(f"loading the {name}: {done / 1e6:.0f} of {total / 1e6:.0f} MB", end=end, file=sys.stderr, flush=True)
 
     return progress
+
+
+@contextlib.contextmanager
+def compiling(device):
+    """Around what compiles kernels where they are new: says so on a terminal if it takes long."""
+    notice = threading.Timer(PATIENCE, print, ("compiling kernels for this GPU; later runs find them again",),
+                             dict(file=sys.stderr, flush=True))
+    notice.daemon = True
+    if device.type == "cuda" and sys.stderr.isatty():
+        notice.start()
+    try:
+        yield
+    finally:
+        notice.cancel()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

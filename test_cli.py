@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -757,6 +758,17 @@ def test_out_of_memory(refused, target, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nMore about it.")
     monkeypatch.setattr(generate.Llama, "load", load)
     refused("--model", target, "--mode", "ar", "--prompt", "Once", says=["20 GiB", "--batch"], cheap=False)
+
+
+@pytest.mark.parametrize("tty, device, patience, told", [(True, "cuda", 0.01, 1), (True, "cuda", 60.0, 0), (True, "cpu", 0.01, 0),
+                                                         (False, "cuda", 0.01, 0)])
+def test_a_slow_start_says_why(monkeypatch, capsys, tty, device, patience, told):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: tty, raising=False)
+    monkeypatch.setattr(generate, "PATIENCE", patience)
+    with generate.compiling(torch.device(device)):
+        time.sleep(0.2)
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("compiling kernels for this GPU") == err.count("\n") == told
 
 
 @pytest.mark.parametrize("tty", [True, False])

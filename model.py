@@ -11,6 +11,7 @@ V vocabulary.
 After https://github.com/meta-llama/llama-models, in the checkpoint layout of Hugging Face transformers; in the manner of
 https://github.com/karpathy/nanoGPT/blob/master/model.py.
 """
+import contextlib
 import json
 import math
 import warnings
@@ -243,8 +244,8 @@ class Llama(nn.Module):
         step = partial(self.step, ops, tokens, positions, slots, prefix_len, mask, cache, end)
         if ops is not kernels.TORCH and tokens.is_cuda and (id(ops), B, T) not in self.compiled:
             self.compiled.add((id(ops), B, T))
-            with kernels.compiling_together():
-                step(self.layers[:1])                                       # the others use the same kernels
+            with contextlib.suppress(Exception), kernels.compiling_together():      # what fails is launched, and fails, below
+                step(self.layers[:1])                                               # the other layers use the same kernels
         return step(self.layers)
 
     def step(self, ops, tokens, positions, slots, prefix_len, mask, cache, end, layers):

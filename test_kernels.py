@@ -1,10 +1,11 @@
 """Every Triton kernel against its plain-torch twin.
 
-CPU tier (no GPU: Triton's interpreter, see conftest.py): tiny shapes in fp32. GPU tier: real shapes in bf16, where the
+CPU tier (no GPU: Triton's interpreter, see conftest.py): tiny shapes in fp32, and whether real ones compile. GPU tier: real shapes in bf16, where the
 error against fp32 may be at most twice that of the same maths in bf16 torch, and where a token's logits must be equal to
 the last bit however many other tokens stand beside it.
 """
 import itertools
+import json
 import os
 import random
 import subprocess
@@ -822,29 +823,42 @@ def test_awkward_forwards(name, prefix):
 
 
 ONLY_COMPILED = """
-import torch, triton
+import sys, torch, triton
+from dataclasses import replace
 from types import SimpleNamespace
 from triton.backends.compiler import GPUTarget
 triton.runtime.driver.set_active(SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 0,
                                                  get_current_target=lambda: GPUTarget("cuda", 90, 32)))
+torch.cuda.is_available, torch.cuda.get_device_capability = lambda: True, lambda *device: (9, 0)
 import kernels
-from model import KVCache, Llama, LlamaConfig
+from model import KVCache, Llama
+from shapes import SHAPES
 from tree import Tree
-model = Llama(LlamaConfig.from_folder("weights/draft"), "cpu", torch.bfloat16)
-model.ops, cache = kernels.TRITON, KVCache(model.config, 1, 8, model.device, model.dtype)
-cache.k.fill_(7.0)
-launch, places = triton.JITFunction.run, torch.arange(4)[None]
-with kernels.compiling_together():
-    model(torch.zeros_like(places), places, places, torch.zeros(1, dtype=torch.int64), Tree.chain(3, "cpu").ancestors, cache)
-assert triton.JITFunction.run is launch and bool((cache.k == 7.0).all())
+for name, module in list(sys.modules.items()):
+    if name.startswith("kernels.") and hasattr(module, "pdl"):
+        module.pdl = lambda device: True
+launch = triton.JITFunction.run
+for name, T, share in (("smollm2-135m", 16, None), ("llama-3.2-1b", 1, None), ("llama-3.1-8b", 7, kernels.Share(132)),
+                       ("llama-3.1-8b", 128, None)):
+    model = Llama(replace(SHAPES[name], n_layers=1, max_context=512), "cpu", torch.bfloat16)
+    model.ops, cache, places = kernels.triton_ops(share), KVCache(model.config, 1, 512, model.device, model.dtype), torch.arange(T)[None]
+    cache.k.fill_(7.0)
+    with kernels.compiling_together():
+        hidden = model(places, places, places, torch.zeros(1, dtype=torch.int64), Tree.chain(T - 1, "cpu").ancestors, cache)
+        model.ops.best(hidden, model.head, 4, 1.0, torch.zeros(1, dtype=torch.int64), 0, places)
+    assert triton.JITFunction.run is launch and bool((cache.k == 7.0).all())
 """
 
 
 def test_kernels_of_a_forward_are_compiled_together(tmp_path):
-    """... for a Hopper GPU, by threads, and not launched: there may be no GPU at all."""
+    """... at their real shapes for a Hopper GPU, by threads, and not launched: there may be no GPU at all. All fit into it."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     ran = subprocess.run([sys.executable, "-c", ONLY_COMPILED], cwd=ROOT, env=env | {"TRITON_CACHE_DIR": str(tmp_path)},
                          capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert {path.stem for path in tmp_path.rglob("*.cubin")} == {
-        "embed_kernel", "qkv_kernel", "tree_attention_kernel", "combine_kernel", "linear_kernel", "swiglu_kernel", "norm_kernel"}
+    made = [json.loads(path.read_text()) for path in tmp_path.rglob("[!_]*_kernel.json")]
+    assert {one["name"] for one in made} == {
+        "embed_kernel", "qkv_kernel", "tree_attention_kernel", "combine_kernel", "linear_kernel", "split_kernel", "swiglu_kernel",
+        "norm_kernel", "best_kernel", "pick_kernel"}
+    assert len(made) == len([*tmp_path.rglob("*.cubin")]) > 30
+    assert max(one["shared"] for one in made) <= 227 << 10, "bytes of shared memory that a program may have on an H100"

@@ -8,6 +8,7 @@ import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 import triton
@@ -167,20 +168,25 @@ class Launch(Operands):
         return part, arrivals[stream, self.blocks]
 
 
-ONE_THREAD = threading.Lock()          # at a time changes how kernels are launched
+ONE_THREAD, PARSER = threading.Lock(), threading.Lock()
 
 
 @contextlib.contextmanager
 def compiling_together():
     """What this thread launches in here is only compiled, many kernels at a time: each takes half a second, when it is new."""
-    with ONE_THREAD, ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
-        run, here = JITFunction.run, threading.get_ident()
-        JITFunction.run = lambda kernel, *args, warmup, **more: run(
-            kernel, *args, warmup=warmup or threading.get_ident() == here, **more)
-        try:
-            yield
-        finally:
-            JITFunction.run = run
+    with ONE_THREAD:                                        # at a time may change how Triton launches
+        run, parse, here = JITFunction.run, JITFunction.parse, threading.get_ident()
+
+        def compile_only(kernel, *args, warmup, **more):
+            return run(kernel, *args, warmup=warmup or threading.get_ident() == here, **more)
+
+        def parse_alone(kernel):                            # ast.parse in two threads at a time fails, now and then
+            with PARSER:
+                return parse(kernel)
+
+        with patch.object(JITFunction, "parse", parse_alone), ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool):
+            with patch.object(JITFunction, "run", compile_only):
+                yield
 
 
 def pdl(device):

@@ -1,8 +1,8 @@
 """Every Triton kernel against its plain-torch twin.
 
-CPU tier (no GPU: Triton's interpreter, see conftest.py): tiny shapes in fp32, and whether real ones compile. GPU tier: real shapes in bf16, where the
-error against fp32 may be at most twice that of the same maths in bf16 torch, and where a token's logits must be equal to
-the last bit however many other tokens stand beside it.
+CPU tier (no GPU: Triton's interpreter, see conftest.py): tiny shapes in fp32, and whether real ones compile. GPU tier: real
+shapes in bf16, where the error against fp32 may be at most twice that of the same maths in bf16 torch, and where a token's
+logits must be equal to the last bit however many other tokens stand beside it.
 """
 import itertools
 import json

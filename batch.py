@@ -59,7 +59,7 @@ class Options:
         return self.fanout == "confident"
 
     def settled(self, sampler):
-        """These options for what a Sampler or Sampling does: the noise of rejection sampling is its own, and q_C must know F beforehand."""
+        """These options for what a sampler does: the noise of rejection sampling is its own, and q_C must know F beforehand."""
         return replace(self, fanout="geometric") if self.by_round() and self.residual(sampler) else self
 
     def most_nodes(self):
@@ -75,9 +75,9 @@ class Options:
         behind each of them, level by level; so many that a forward still has some 16 rows were the best on an H100 (README). Never
         fewer than 4."""
         if outcomes is None:
-            widths, usual = self.widths(), max(4, min(Options.fanout_budget, CHEAP_ROWS // batch))
+            widths, usual = self.widths(), min(Options.fanout_budget, CHEAP_ROWS // batch)
             levels = len(widths) if isinstance(widths, list) else self.k
-            outcomes = min(usual, max(4, round(usual * levels / max(1, self.most_nodes() - 1))))     # K = 0 is for check() to say
+            outcomes = max(4, min(usual, round(usual * levels / max(1, self.most_nodes() - 1))))     # K = 0 is for check() to say
         return replace(self, fanout_budget=outcomes)
 
     def widths(self):

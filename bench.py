@@ -209,25 +209,25 @@ def rows_of(contestants, counted, texts, floor, begun):
     return rows
 
 
-def contestants_for(args, pair, group, share_of, more=True):
+def contestants_for(args, plain, pair, group, share_of, more=True):
     """{label: contestant}: ar, sd and ssd, and if `more` what --tune (on a group of prompts), --sweep or --vs-transformers add.
 
-    share_of: options -> the Share of ssd's target.
+    plain: the Options of the rows sd and ssd. share_of: Options -> the Share of ssd's target.
     """
-    share = share_of(args.options)
+    share = share_of(plain)
     make = lambda mode, options=None, share=None: Contestant(pair, mode, options, args.sampling, args.max_new_tokens, share)
     found = {"ar": make("ar")}
     if pair.draft is not None:
-        found |= {"sd": make("sd", args.options), "ssd": make("ssd", args.options, share)}
+        found |= {"sd": make("sd", plain), "ssd": make("ssd", plain, share)}
         for what, modes, field, values in (
                 ("k", ("sd", "ssd"), "k", (2, 4, 6, 8, 10)), ("fanout", ("ssd",), "fanout_budget", (4, 8, 16, 32)),
                 ("tree", ("sd", "ssd"), "tree", (16, 32, 64))):
             given = args.sweep.get(what)
             for mode in modes if more and given is not None else ():
                 for value in given or values:
-                    options = replace(args.options, **{field: value})
+                    options = replace(plain, **{field: value})
                     if what == "tree":
-                        options = replace(options, tree=str(value), k=args.options.k if given else TREE_DEPTH)
+                        options = replace(options, tree=str(value), k=plain.k if given else TREE_DEPTH)
                     if what != "fanout":
                         options = options.guessing(args.fanout_budget, len(group))
                     options.check()
@@ -236,24 +236,24 @@ def contestants_for(args, pair, group, share_of, more=True):
                     own = None
                     if mode == "ssd":                                       # say what else is other than in the plain row
                         own, guessed = share_of(options), options.fanout_budget
-                        title += f", {guessed} guessed" * (what != "fanout" and guessed != args.options.fanout_budget)
+                        title += f", {guessed} guessed" * (what != "fanout" and guessed != plain.fanout_budget)
                         title += f", {own.in_flight} KB in flight" if own != share else ""
-                    if options != args.options:                             # else it is plain sd or ssd
+                    if options != plain:                                    # else it is plain sd or ssd
                         found[title] = make(mode, options, own)
         if args.tune and more:
-            times, stats = find(pair.target, pair.draft, group, args.sampling, args.options, pair.stop_ids)
-            plans = choose(times, stats, pair.draft, args.options)
+            times, stats = find(pair.target, pair.draft, group, args.sampling, plain, pair.stop_ids)
+            plans = choose(times, stats, pair.draft, plain)
             print(*describe(times, plans), sep="\n", flush=True)
             for mode in "sd", "ssd":
                 plan = plans[mode]
-                options = replace(args.options, k=plan.k, tree=plan.tree, fanout_budget=plan.fanout_budget)
+                options = replace(plain, k=plan.k, tree=plan.tree, fanout_budget=plan.fanout_budget)
                 found[f"{mode}, tuned"] = make(mode, options, plan.share)
         for other in (None, *shares(pair.target)) if more and "cta" in args.sweep else ():
             if other != share:
-                found[f"ssd, {other or 'full grid'}"] = make("ssd", args.options, other)
+                found[f"ssd, {other or 'full grid'}"] = make("ssd", plain, other)
     if args.vs_transformers and more:
         from measure.peers import transformers_contestants
-        found |= transformers_contestants(pair, args.sampling, args.max_new_tokens, args.options.k)
+        found |= transformers_contestants(pair, args.sampling, args.max_new_tokens, plain.k)
     return found
 
 
@@ -279,11 +279,11 @@ def speed(args):
         more = first is not pair.target                         # of several drafts of a target the first is looked at closely
         first = pair.target
         share_of = lambda options: Share(*args.ctas) if args.ctas else usual_share(pair.target, pair.draft, options)
-        share = share_of(args.options)
+        share = share_of(args.options)                          # no matter how many outcomes
         for context in args.context or [None]:
             prompts = pair.prompts if context is None else lengthened(pair.prompts, context)
             for size in args.batch:
-                args.options = args.options.guessing(args.fanout_budget, size)
+                options = args.options.guessing(args.fanout_budget, size)
                 count = max(1, args.sequences // size) * size
                 texts = [prompts[i * max(count, len(prompts)) // count % len(prompts)] for i in range(count)]
                 groups = [texts[i:i + size] for i in range(0, count, size)]
@@ -295,12 +295,12 @@ def speed(args):
                 head = dict(pair=pair.name, synthetic=pair.accept is not None, batch=size, prompts=count,
                             prompt_tokens=[min(lengths), max(lengths)], new_tokens=args.max_new_tokens,
                             dtype=str(args.dtype)[6:], temperature=args.sampling.temperature, share=share,
-                            options=asdict(args.options), weight_bytes=weights, kv_bytes=size * cached,
+                            options=asdict(options), weight_bytes=weights, kv_bytes=size * cached,
                             floor_ms=1e3 * floor, repeats=args.repeats, ar_as_above=not more,
                             parameters=[model_bytes(model.config, args.dtype) // args.dtype.itemsize for model in models])
                 print("\n" + "\n".join(report.run_lines(head, machine)), flush=True)
                 with synthetic(pair):
-                    contestants = contestants_for(args, pair, groups[0], share_of, more)
+                    contestants = contestants_for(args, options, pair, groups[0], share_of, more)
                     others = {label: c for label, c in contestants.items() if more or label != "ar"}
                     found = compare(others, groups, args.repeats, args.device)
                     if not more:                                # ar knows of no draft: it was run before the first one
@@ -312,9 +312,9 @@ def speed(args):
                 head["passes"] = passes
                 head["modes"] = rows_of(contestants, counted, outputs, floor,
                                         {label: n * len(groups) for label, n in passes.items()})
-                if pair.draft is not None and size == 1 and args.options.tree is None:
+                if pair.draft is not None and size == 1 and options.tree is None:
                     stats = contestants["ssd"].stats
-                    head["parts"], head["model"] = parts(pair, stats, args.sampling, args.options, int(middle), share)
+                    head["parts"], head["model"] = parts(pair, stats, args.sampling, options, int(middle), share)
                     head["parts"]["host"] = seen["ssd"][1]
                 head["split"] = {label: where for label, (where, _) in seen.items() if where}
                 print("\n".join(report.mode_lines(head)), flush=True)

@@ -59,11 +59,8 @@ class Sampler:
 
     def __init__(self, sampling, seeds, device):
         self.temperature, self.top_k, self.top_p = sampling.temperature, sampling.top_k, sampling.top_p
+        self.greedy = sampling.greedy
         self.seeds = torch.tensor(seeds, dtype=torch.int64).to(device)      # [B]
-
-    @property
-    def greedy(self):
-        return self.temperature == 0
 
     def on(self, device):
         """A sampler of its own on `device`, with the same seeds."""

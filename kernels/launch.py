@@ -5,6 +5,7 @@ weights, which don't depend on anybody, into the L2 cache, and waits only then f
 the ramp-up of 6 kernels a layer disappear behind each other.
 """
 import contextlib
+import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -51,47 +52,70 @@ class Blocks(NamedTuple):
     split: int = 1                      # programs that share the K of a block
 
 
-# Measured on an H100 (python -m kernels.tune): (N, K) -> blocks. Other shapes and GPUs follow `blocks_for`. Only `split`
-# shows in the bits of a sum: mma.sync and wgmma give the same for any BN, BK, stages and warps (test_kernels.py).
-SM90 = {
-    (6144, 4096): Blocks(32, 256, 4, 4), (4096, 4096): Blocks(32, 256, 6, 4), (28672, 4096): Blocks(32, 256, 6, 4),
-    (4096, 14336): Blocks(64, 128, 6, 4, 2), (128256, 4096): Blocks(64, 128, 6, 4),                     # Llama 3.1 8B
-    (3072, 2048): Blocks(32, 256, 6, 4), (2048, 2048): Blocks(64, 128, 4, 4, 4), (16384, 2048): Blocks(32, 256, 3, 4),
-    (2048, 8192): Blocks(64, 128, 6, 4, 4), (128256, 2048): Blocks(64, 128, 6, 4),                      # Llama 3.2 1B
-    (49152, 576): Blocks(128, 64, 6, 4),                                                                # SmolLM2 135M
-}
+class Tables(NamedTuple):
+    """Block shapes that were measured on a GPU (python -m kernels.tune): (N, K) -> Blocks. For what isn't in them see `blocks_for`.
+    Only `split` shows in the bits of a sum: mma.sync and wgmma give the same for any BN, BK, stages and warps (test_kernels.py)."""
+    narrow: dict                        # up to 16 rows of x
+    wide: dict                          # more: every program reads all of x, so it needs many rows of the weight. Measured at 64
+    int8: dict                          # int8 weights, any number of rows
 
 
-# More than 16 rows: every program reads all of x, so it needs many rows of the weight, or x is what moves. Measured at 64.
-SM90_WIDE = {
-    (6144, 4096): Blocks(64, 128, 4, 4), (4096, 4096): Blocks(64, 128, 5, 4), (28672, 4096): Blocks(128, 128, 3, 8),
-    (4096, 14336): Blocks(64, 128, 5, 4, 2), (128256, 4096): Blocks(64, 128, 3, 4),                     # Llama 3.1 8B
-    (3072, 2048): Blocks(32, 256, 3, 4), (2048, 2048): Blocks(64, 128, 4, 4, 4), (16384, 2048): Blocks(64, 128, 3, 4),
-    (2048, 8192): Blocks(64, 128, 5, 4, 4), (128256, 2048): Blocks(64, 128, 3, 4),                      # Llama 3.2 1B
-    (49152, 576): Blocks(128, 64, 3, 4),                                                                # SmolLM2 135M
-}
-SM90_INT8 = {           # int8 weights, any number of rows; others follow `blocks_for`
-    (3072, 2048): Blocks(32, 256, 6, 4), (2048, 2048): Blocks(32, 256, 3, 4, 2), (16384, 2048): Blocks(64, 256, 4, 2),
-    (2048, 8192): Blocks(32, 256, 6, 4, 4), (128256, 2048): Blocks(64, 256, 3, 2),                      # Llama 3.2 1B
-    (49152, 576): Blocks(128, 64, 3, 2),                                                                # SmolLM2 135M
-}
+H100 = Tables(
+    narrow={
+        (6144, 4096): Blocks(32, 256, 4, 4), (4096, 4096): Blocks(32, 256, 6, 4), (28672, 4096): Blocks(32, 256, 6, 4),
+        (4096, 14336): Blocks(64, 128, 6, 4, 2), (128256, 4096): Blocks(64, 128, 6, 4),                     # Llama 3.1 8B
+        (3072, 2048): Blocks(32, 256, 6, 4), (2048, 2048): Blocks(64, 128, 4, 4, 4), (16384, 2048): Blocks(32, 256, 3, 4),
+        (2048, 8192): Blocks(64, 128, 6, 4, 4), (128256, 2048): Blocks(64, 128, 6, 4),                      # Llama 3.2 1B
+        (49152, 576): Blocks(128, 64, 6, 4),                                                                # SmolLM2 135M
+    },
+    wide={
+        (6144, 4096): Blocks(64, 128, 4, 4), (4096, 4096): Blocks(64, 128, 5, 4), (28672, 4096): Blocks(128, 128, 3, 8),
+        (4096, 14336): Blocks(64, 128, 5, 4, 2), (128256, 4096): Blocks(64, 128, 3, 4),
+        (3072, 2048): Blocks(32, 256, 3, 4), (2048, 2048): Blocks(64, 128, 4, 4, 4), (16384, 2048): Blocks(64, 128, 3, 4),
+        (2048, 8192): Blocks(64, 128, 5, 4, 4), (128256, 2048): Blocks(64, 128, 3, 4),
+        (49152, 576): Blocks(128, 64, 3, 4),
+    },
+    int8={
+        (3072, 2048): Blocks(32, 256, 6, 4), (2048, 2048): Blocks(32, 256, 3, 4, 2), (16384, 2048): Blocks(64, 256, 4, 2),
+        (2048, 8192): Blocks(32, 256, 6, 4, 4), (128256, 2048): Blocks(64, 256, 3, 2),
+        (49152, 576): Blocks(128, 64, 3, 2),
+    })
+H200 = Tables(          # the same processor behind a memory that is 1.4 times as fast: what differs
+    narrow=H100.narrow | {
+        (6144, 4096): Blocks(64, 128, 6, 4), (4096, 4096): Blocks(64, 128, 6, 4, 2), (28672, 4096): Blocks(64, 128, 4, 4),
+        (128256, 4096): Blocks(64, 128, 4, 4),
+        (2048, 2048): Blocks(16, 512, 3, 2), (16384, 2048): Blocks(128, 128, 3, 8), (128256, 2048): Blocks(128, 128, 3, 8),
+    },
+    wide=H100.wide | {
+        (6144, 4096): Blocks(64, 128, 5, 4), (4096, 4096): Blocks(64, 128, 5, 8, 2), (28672, 4096): Blocks(64, 128, 3, 4),
+        (4096, 14336): Blocks(64, 128, 5, 8, 2), (128256, 4096): Blocks(128, 64, 4, 4),
+        (3072, 2048): Blocks(64, 128, 4, 8), (2048, 2048): Blocks(16, 256, 6, 4), (16384, 2048): Blocks(128, 64, 6, 8),
+        (2048, 8192): Blocks(64, 256, 3, 8, 4), (128256, 2048): Blocks(128, 64, 4, 4),
+    },
+    int8=H100.int8)
 
 
 def is_hopper():
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
+@functools.cache
+def tables():
+    """The Tables for the GPU at hand: none but a Hopper GPU has any."""
+    if not is_hopper():
+        return Tables({}, {}, {})
+    return H200 if "H200" in torch.cuda.get_device_name() else H100
+
+
 def blocks_for(N, K, rows=1, int8=False):
     """Block shapes for a weight [N, K] and a number of rows of x. `split` is the same for any number of rows."""
-    hopper = is_hopper()
     BK = min(256 if K >= 2048 else 128, max(16, triton.next_power_of_2(K)))
-    rule = Blocks(64 if N >= 16384 else 32, BK, 4, 4, 2 if N <= 4096 <= K else 1)
-    narrow = SM90.get((N, K), rule) if hopper else rule
-    if int8 and hopper:
+    narrow = tables().narrow.get((N, K), Blocks(64 if N >= 16384 else 32, BK, 4, 4, 2 if N <= 4096 <= K else 1))
+    if int8 and is_hopper():
         # For wgmma an int8 weight would come in copies of 4 bytes instead of 16; 2 warps use mma.sync, as BN < 64 does.
-        return SM90_INT8.get((N, K), narrow._replace(warps=2) if narrow.BN >= 64 else narrow)
-    if rows > 16 and hopper and (N, K) in SM90_WIDE:
-        return SM90_WIDE[N, K]
+        return tables().int8.get((N, K), narrow._replace(warps=2) if narrow.BN >= 64 else narrow)
+    if rows > 16 and (N, K) in tables().wide:
+        return tables().wide[N, K]
     if rows > 16 and N * K >= 4 << 20:
         return Blocks(128 if N >= 16384 else 64, 64, 4, 4, narrow.split)
     return narrow

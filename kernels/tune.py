@@ -46,8 +46,12 @@ def candidates(op, N, K, head_dim, element_size, rows):
 
 
 def table_for(rows, int8):
-    """The table of kernels/launch.py that counts for so many rows of x and such weights."""
-    return launch.SM90_INT8 if int8 else launch.SM90 if rows <= 16 else launch.SM90_WIDE
+    """What counts for so many rows of x and such weights, of the Tables of this GPU."""
+    return getattr(launch.tables(), table_name(rows, int8))
+
+
+def table_name(rows, int8):
+    return "int8" if int8 else "narrow" if rows <= 16 else "wide"
 
 
 def workload(op, N, K, head_dim, kv, rows, int8, copies):
@@ -145,7 +149,7 @@ def main(argv=None):
                                                     for us, b in results[:4]), flush=True)
         del run
         torch.cuda.empty_cache()
-    print("SM90_INT8 = {" if args.int8 else "SM90 = {" if args.rows <= 16 else "SM90_WIDE = {")
+    print(f"{table_name(args.rows, args.int8)}={{")
     for (N, K), b in table.items():
         print(f"    ({N}, {K}): Blocks{tuple(b)},")
     print("}")

@@ -116,7 +116,7 @@ def spent(first, last):
     return Counter() if first is None else Counter({name: b - a for name, a, b in zip(COUNTED, first, last)})
 
 
-def compare(contestants, groups, repeats, device):
+def compare(contestants, groups, repeats, *devices):
     """Let {label: contestant} take turns on every group of prompts.
 
     Returns {label: [what was counted in each repeat]}, {label: texts} and {label: how often a repeat goes over the groups}:
@@ -128,18 +128,19 @@ def compare(contestants, groups, repeats, device):
     batching.IDLE = max(batching.IDLE, kinds * len(contestants))            # each keeps its graphs from turn to turn
 
     def turn(label, first, into):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats(device)
+        for device in {*devices}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+                torch.cuda.reset_peak_memory_stats(device)
         size = len(groups[first])
         kept, text = contestants[label].run(groups[first], list(range(first * size, (first + 1) * size)))
         into[label] = into.get(label, Counter()) + kept
-        into[label]["peak"] = max(total.get(label, kept)["peak"], peak_memory(device))
+        into[label]["peak"] = max(total.get(label, kept)["peak"], peak_memory(*devices))
         texts.setdefault(label, {})[first] = text
 
     warm, passes = {}, {}                                       # compiles, measures acceptance for the plans
     for label in contestants:
-        with compiling(device):
+        with compiling(devices[0]):
             for first in spread_over(range(len(groups)), WARM_UP):
                 turn(label, first, warm)
         kept = warm[label]
@@ -302,7 +303,7 @@ def speed(args):
                 with synthetic(pair):
                     contestants = contestants_for(args, options, pair, groups[0], share_of, more)
                     others = {label: c for label, c in contestants.items() if more or label != "ar"}
-                    found = compare(others, groups, args.repeats, args.device)
+                    found = compare(others, groups, args.repeats, args.device, args.draft_device)
                     if not more:                                # ar knows of no draft: it was run before the first one
                         found = tuple({"ar": ar, **rest} for ar, rest in zip(known[context, size], found))
                     known[context, size] = [part["ar"] for part in found]

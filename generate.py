@@ -70,6 +70,14 @@ def find_device(name, flag="--device"):
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
+def find_draft_device(name, device):
+    """Where the draft works: beside the target on `device`, or on another one of its kind. Raises UserError."""
+    found = find_device(name, "--draft-device") if name else device
+    if found.type != device.type:
+        raise UserError(f"--draft-device {name}: the target is on {device}; expected a device of the same kind")
+    return found
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The engine
 
@@ -102,10 +110,7 @@ class Engine:
         for flag in "draft_dtype", "draft_device", "tune":
             if getattr(args, flag) and "draft" not in self.folders:
                 raise UserError(f"--{flag.replace('_', '-')}: there is no draft in mode ar")
-        self.draft_device = find_device(args.draft_device, "--draft-device") if args.draft_device else self.device
-        if self.draft_device.type != self.device.type:
-            raise UserError(f"--draft-device {args.draft_device}: the target is on {self.device}; expected a device of the "
-                            f"same kind")
+        self.draft_device = find_draft_device(args.draft_device, self.device)
         auto = "bfloat16" if self.device.type == "cuda" else "float32"
         self.dtype = DTYPES[auto if args.dtype == "auto" else args.dtype]
         self.sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)

@@ -234,7 +234,8 @@ def test_predict(capsys, tiny_shapes):
     (["--target-shape", "llama-3.1-8b", "--batch", "100000"], r"GB are needed.*lower --batch"), (["--batch", "a"], "--batch"),
     (["--context", "2000"], "context of 1024"), (["--sweep", "k", "--predict"], "alone"),
     (["--predict", "--batch", "2"], "of batch 1"), (["--steps", "tiny", "--speculation"], "alone"),
-    (["--target-shape", "tiny", "--tune"], "need a draft"),
+    (["--target-shape", "tiny", "--tune"], "need a draft"), (["--draft-device", "cuda:99"], "--draft-device cuda:99"),
+    (["--speculation", "--draft-device", "cpu"], "speed of a pair"), (["--target-shape", "tiny", "--draft-device", "cpu"], "a draft"),
     (["--round-draft", "0"], "at least 1"), (["--json", "/"], "a file in a folder")])
 def test_bad_requests(flags, says, tiny_shapes):
     with pytest.raises(UserError, match=says) as error:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from batch import FANOUTS, Options
 from errors import UserError
-from generate import find_device
+from generate import find_device, find_draft_device
 from model import DTYPES
 from request import FlagParser
 from sampling import Sampling
@@ -49,6 +49,7 @@ def parse_flags(argv, description=None):
             ("--pad", "SHAPE", "embed the target in that shape, where it computes the same at the cost of the shape"),
             ("--pad-draft", "SHAPE", "the same for the draft"),
             ("--prompts", "FILE.jsonl", "default: 20 story openings"), ("--device", "D", "auto, cpu, cuda or cuda:N"),
+            ("--draft-device", "D", "where the draft works (default: beside the target)"),
             ("--json", "FILE", "write the JSON there too"), ("--plot", "FILE.svg", "draw the results")):
         add(flag, metavar=metavar, help=help)
     for flag, kind, metavar, default, help in (
@@ -101,6 +102,9 @@ def parse_flags(argv, description=None):
         (args.accept_rate is not None and not 0 <= args.accept_rate < 1, "--accept-rate must lie in [0, 1)"),
         (any(work) and sum(map(bool, (*work, args.tune or args.vs_transformers or args.sweep))) > 1,
          "--steps, --kernels, --predict and --speculation are measured alone, without --tune, --sweep and --vs-transformers"),
+        (args.draft_device and (any(work) or args.vs_transformers or not drafts),
+         "--draft-device is for the speed of a pair: it needs a draft, and goes without --steps, --kernels, --predict, "
+         "--speculation and --vs-transformers"),
         (args.vs_transformers and (args.batch != [1] or args.target_shape or args.draft_dtype),
          "--vs-transformers takes --batch 1 and a real pair, its draft not in int8"),
         (args.batch != [1] and any(work[:3]), "--steps, --kernels and --predict are of batch 1"),
@@ -112,6 +116,7 @@ def parse_flags(argv, description=None):
         if wrong:
             raise UserError(message)
     args.prompt, args.device = None, find_device(args.device or "auto")
+    args.draft_device = find_draft_device(args.draft_device, args.device)
     args.dtype = DTYPES[args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32")]
     args.repeats = args.repeats or (5 if args.device.type == "cuda" else 3)
     args.sampling = Sampling(args.temperature)

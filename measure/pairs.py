@@ -64,12 +64,12 @@ def shape(name):
 
 
 def check_memory(args, target, drafts, prompt_tokens):
-    """UserError if the models and their KV caches won't fit (configs; drafts may be none); before anything is loaded."""
+    """UserError if the target, the drafts beside it and their KV caches won't fit (configs); before anything is loaded."""
     options, size = args.options, max(args.batch)
     nodes, length = 1 + (options.k if options.tree is None else batching.MAX_NODES), prompt_tokens + args.max_new_tokens
     cache = lambda c, slots: 2 * c.n_layers * c.n_kv_heads * c.head_dim * slots * size * args.dtype.itemsize
     needed = model_bytes(target, args.dtype) + cache(target, length + 2 * nodes)
-    for draft in drafts:
+    for draft in drafts if args.draft_device == args.device else ():
         needed += model_bytes(draft, args.dtype) + cache(draft, length + nodes * (options.fanout_budget + 2))
     needed, cuda = 1.1 * needed + 0.3e9, args.device.type == "cuda"
     if cuda:
@@ -92,12 +92,12 @@ def shape_pair(args):
     check_memory(args, config, [draft_config] if draft_config else [], max(lengths))
     target, draft = random_model(config, args.device, args.dtype), None
     if draft_config:
-        draft = random_model(draft_config, args.device, args.dtype)
+        draft = random_model(draft_config, args.draft_device, args.dtype)
         draft = trim(draft, config.vocab_size) if draft_config.vocab_size < config.vocab_size else draft
     prompts = torch.randint(1, (draft_config or config).vocab_size, (max(args.sequences, *args.batch), max(lengths)),
                             generator=torch.Generator().manual_seed(0)).tolist()
     name = args.target_shape if draft is None else f"SYNTHETIC: {args.target_shape} + {args.draft_shape}, random weights, " \
-        f"acceptance set to {args.accept_rate:g}"
+        f"acceptance set to {args.accept_rate:g}" + ", the draft on another GPU" * (args.draft_device != args.device)
     return Pair(name, target, draft, prompts, set(), rank_law(args.accept_rate) if draft else None)
 
 
@@ -121,8 +121,8 @@ def text_pairs(args, padded, padded_draft):
         whole_drafts.append(padded_config(draft_config, shape(padded_draft)) if padded_draft else draft_config)
     check_memory(args, whole, whole_drafts, max(args.context or map(len, prompts)))
 
-    load = lambda folder, padded: Llama.load(folder, *("cpu", torch.float32) if padded else (device, dtype))
-    target = load(folder, padded)
+    load = lambda folder, padded, device: Llama.load(folder, *("cpu", torch.float32) if padded else (device, dtype))
+    target = load(folder, padded, device)
     target = pad(target, shape(padded), device=device, dtype=dtype) if padded else target
     for draft_folder, bits in drafts or [(None, None)]:
         name = "the embedded pair" if args.target is None else Path(folder).resolve().name
@@ -131,15 +131,16 @@ def text_pairs(args, padded, padded_draft):
         elif args.draft:
             name += f" + {Path(args.draft).resolve().name}"
         name += f", the target padded to {padded}" if padded else ""
-        draft = load(draft_folder, padded_draft) if draft_folder else None
+        draft = load(draft_folder, padded_draft, args.draft_device) if draft_folder else None
         if bits:
             draft = rounded(draft, bits)
         if padded_draft and draft is not None:
-            draft, name = pad(draft, shape(padded_draft), device=device, dtype=dtype), f"{name}, the draft to {padded_draft}"
+            draft, name = pad(draft, shape(padded_draft), device=args.draft_device, dtype=dtype), f"{name}, the draft to {padded_draft}"
         if draft is not None and (draft.config.target_vocab_size or draft.config.vocab_size) < whole.vocab_size:
             draft = trim(draft, whole.vocab_size)
         if args.draft_dtype and draft is not None:
             draft, name = draft.to_int8(), name + ", int8 draft"
+        name += ", the draft on another GPU" * (args.draft_device != device)
         yield Pair(name, target, draft, prompts, stop_ids)
 
 

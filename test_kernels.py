@@ -738,7 +738,7 @@ class Steps:
 
 @pytest.fixture(scope="module")
 def big_model():
-    """A bf16 model, one at a time: random weights in the whole 8B shape, SmolLM2 itself if it's there and else in its shape."""
+    """A bf16 model, one at a time: random weights in the whole 8B or 1B shape, SmolLM2 itself if it's there and else in its shape."""
     models = {}
 
     def get(name):
@@ -748,7 +748,7 @@ def big_model():
             if name == "smollm2" and folder.exists():
                 models[name] = Llama.load(folder, "cuda", torch.bfloat16)
             else:
-                models[name] = random_model(SHAPES[{"8b": "llama-3.1-8b", "smollm2": "smollm2-135m"}[name]], "cuda", torch.bfloat16)
+                models[name] = random_model(SHAPES[{"8b": "llama-3.1-8b", "1b": "llama-3.2-1b", "smollm2": "smollm2-135m"}[name]], "cuda", torch.bfloat16)
         return models[name]
     yield get
     models.clear()
@@ -756,7 +756,7 @@ def big_model():
 
 @gpu_only
 @pytest.mark.parametrize("prefix, nodes", [(1, 64), (127, 65), (500, 64), (2049, 65)])
-@pytest.mark.parametrize("name", ["8b", "smollm2"])
+@pytest.mark.parametrize("name", ["8b", "1b", "smollm2"])
 def test_logits_do_not_depend_on_company(name, prefix, nodes, big_model):
     """A token's logits are bit-equal alone, in a chain of 8, in a tree of 64 nodes (and one of 65, which fills other tiles), in
     a batch of 4, with and without CUDA graphs, and where the target keeps to a share of the GPU (bf16, poisoned KV)."""

@@ -13,7 +13,7 @@
     python bench.py --kernels llama-3.1-8b                      TB/s of every linear, beside torch's F.linear (GPU)
     python bench.py --predict                                   the speedup model: which draft size, K and fan-out?
     python bench.py --speculation                               tokens per round and hit rates: no clock involved
-    python bench.py --report                                    README's tables and plots from results/*.json
+    python bench.py --report                                    tables and plots of README.md and MEASURED.md from results/*.json
 
 A token is one that was given out: accepted drafted tokens and the target's own, not the prompt. tok/s is decoding alone, all
 sequences of a batch together; the first rounds of a run and those around a step that wasn't the replay of a CUDA graph are left out

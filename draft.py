@@ -76,7 +76,7 @@ class Drafting:
 
 
 PLANS = 8               # a Drafter keeps so many of them, with their graphs
-SHARP = 1.5             # how sure the draft is, softmax(SHARP * logits): 2 is better for a good draft, 1 for a weak one (README)
+SHARP = 1.5             # how sure the draft is, softmax(SHARP * logits): 2 is better for a good draft, 1 for a weak one (MEASURED.md)
 
 
 class Drafter:

@@ -1,4 +1,5 @@
-"""bench.py: README is what results/ says; what is counted and timed; rounding and synthetic acceptance keep their promises."""
+"""bench.py: README.md and MEASURED.md are what results/ says; what is counted and timed; what rounding and synthetic acceptance
+promise."""
 import json
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -35,31 +36,34 @@ def run(capsys, *flags):
     return json.loads(last), "\n".join(printed)
 
 
-def test_readme_is_what_results_say():
-    readme = report.README.read_text(encoding="utf-8")
-    found = report.blocks(readme)
-    assert {"speculation_embedded.json", "main_h100.json", "headline of main_h100.json"} <= {*found}
+@pytest.mark.parametrize("path, some", [*zip(report.TEXTS, (["main_h100.json", "headline of main_h100.json"],
+                                                               ["speculation_embedded.json"]))])
+def test_texts_are_what_results_say(path, some):
+    whole = path.read_text(encoding="utf-8")
+    found = report.blocks(whole)
+    assert {*some} <= {*found} and len(found) == whole.count("<!-- end of ")
     for name, text in found.items():
-        assert f"<!-- {name} -->\n{text}<!-- end of {name} -->" in readme, "run python bench.py --report"
-        path = report.RESULTS / name.removeprefix("headline of ")
-        drawn = plot(report.read(path))
-        assert not drawn or path.with_suffix(".svg").read_text(encoding="utf-8") == drawn, "run python bench.py --report"
+        assert f"<!-- {name} -->\n{text}<!-- end of {name} -->" in whole, "run python bench.py --report"
+        result = report.RESULTS / name.removeprefix("headline of ")
+        drawn = plot(report.read(result))
+        assert not drawn or result.with_suffix(".svg").read_text(encoding="utf-8") == drawn, "run python bench.py --report"
 
 
 def test_report_fills_in_what_there_is_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    place = tmp_path / "README.md"
+    monkeypatch.setattr(report, "TEXTS", (place,))
     result = json.loads((report.ROOT / "results" / "speculation_embedded.json").read_text(encoding="utf-8"))
     (tmp_path / "a.json").write_text(json.dumps(result))
-    (tmp_path / "other.json").write_text("no place in README")
+    (tmp_path / "other.json").write_text("no place there")
     empty = "before\n<!-- a.json -->\nold\n<!-- end of a.json -->\nbetween\n<!-- b.json -->\n<!-- end of b.json -->\nafter\n"
-    report.README.write_text(empty)
+    place.write_text(empty)
     report.write()
-    once = report.README.read_text()
+    once = place.read_text()
     assert "old" not in once and "| accept: T = 0.0, coupled " in once and "![a](results/a.svg)" in once
     assert once.startswith("before\n") and once.endswith("between\n<!-- b.json -->\n<!-- end of b.json -->\nafter\n")
     report.write()
-    assert report.README.read_text() == once
+    assert place.read_text() == once
     ElementTree.fromstring((tmp_path / "a.svg").read_text())
 
 

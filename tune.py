@@ -256,7 +256,7 @@ def choose(times, stats, draft_model, options=Options(), asked=()):
         offer("sd", shape, tree)
         branches, wide = sum(fan), sum(fan) * max(map(len, tree.levels[:-1])) > MAX_ROWS
         if shape.by_round():
-            # They find what twice as many find that are spread by Theorem 12: 4- and 5-bit drafts, the embedded pair (README).
+            # They find what twice as many find that are spread by Theorem 12: 4- and 5-bit drafts, the embedded pair (MEASURED.md).
             fan = make_plan(replace(shape, fanout_budget=min(MAX_BUDGET, 2 * shape.fanout_budget)), stats, draft_model)[1]
         for share, _, _ in times.slowdown if not wide or "ssd" not in plans else ():
             offer("ssd", shape, tree, branches, fan, share)

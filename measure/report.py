@@ -1,6 +1,6 @@
-"""Tables of results, on the terminal and, from results/*.json, in README.md: the same code makes both.
+"""Tables of results, on the terminal and, from results/*.json, in README.md and MEASURED.md: the same code makes both.
 
-In README.md a result stands between `<!-- NAME.json -->` and `<!-- end of NAME.json -->`; `write` fills in every result
+There a result stands between `<!-- NAME.json -->` and `<!-- end of NAME.json -->`; `write` fills in every result
 there is and draws its plot beside it as results/NAME.svg, if its kind has one.
 """
 import json
@@ -11,7 +11,7 @@ from kernels import Share
 from measure.plot import plot
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, README = ROOT / "results", ROOT / "README.md"
+RESULTS, TEXTS = ROOT / "results", (ROOT / "README.md", ROOT / "MEASURED.md")
 
 
 def table(head, rows):
@@ -183,7 +183,7 @@ def read(path):
 
 
 def block(path):
-    """What README.md says between the markers of a results file."""
+    """What stands between the markers of a results file."""
     result = read(path)
     made = f"`{result['command']} --json results/{path.name}`" if result["command"].startswith("python") else result["command"]
     text = f"Command: {made}\n\n" + tables(result)
@@ -204,26 +204,27 @@ def headline(path):
         f"{'greedy' if not run['temperature'] else 'sampled'}, {'the same tokens' if modes['ssd']['same_text'] else 'OTHER TOKENS'}.\n"
 
 
-def blocks(readme):
-    """What README.md has a place for, between `<!-- name -->` and `<!-- end of name -->`, and results/ an answer to:
+def blocks(text):
+    """What a text has a place for, between `<!-- name -->` and `<!-- end of name -->`, and results/ an answer to:
     {name: text}. A name is that of a file, or "headline of" one."""
     found = {}
     for path in sorted(RESULTS.glob("*.json")):
         for name, make in ((path.name, block), (f"headline of {path.name}", headline)):
-            if f"<!-- {name} -->\n" in readme:
+            if f"<!-- {name} -->\n" in text:
                 found[name] = make(path)
     return found
 
 
 def write():
-    """Bring README.md and the plots up to date with results/."""
-    text = README.read_text(encoding="utf-8")
-    for name, content in blocks(text).items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        head, rest = text.split(begin)
-        if end not in rest:
-            raise UserError(f"README.md: {begin.strip()} without {end}")
-        text = head + begin + content + end + rest.split(end, 1)[1]
-        if (RESULTS / name).exists() and (drawn := plot(read(RESULTS / name))):
-            (RESULTS / name).with_suffix(".svg").write_text(drawn, encoding="utf-8")
-    README.write_text(text, encoding="utf-8")
+    """Bring TEXTS and the plots up to date with results/."""
+    for path in TEXTS:
+        text = path.read_text(encoding="utf-8")
+        for name, content in blocks(text).items():
+            begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+            head, rest = text.split(begin)
+            if end not in rest:
+                raise UserError(f"{path.name}: {begin.strip()} without {end}")
+            text = head + begin + content + end + rest.split(end, 1)[1]
+            if (RESULTS / name).exists() and (drawn := plot(read(RESULTS / name))):
+                (RESULTS / name).with_suffix(".svg").write_text(drawn, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")

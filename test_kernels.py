@@ -76,6 +76,14 @@ def test_tuning_needs_a_gpu_whose_tables_are_read(monkeypatch):
         tune.main([])
 
 
+@pytest.mark.parametrize("card", ["H100", "H200"])
+def test_a_weight_is_split_alike_for_any_number_of_rows(card):
+    """The split is what shows in the bits of a sum."""
+    table = getattr(launch, card)
+    assert table.narrow.keys() == table.wide.keys()
+    assert all(table.narrow[shape].split == table.wide[shape].split for shape in table.narrow)
+
+
 def test_candidates_of_int8_weights_keep_to_small_tensor_core_instructions():
     """A weight in int8 that wgmma reads travels in copies of 4 bytes: no candidate for a large one has 4 warps and BN >= 64."""
     for operation in tune.operations("llama-3.2-1b"):
@@ -748,7 +756,8 @@ def big_model():
             if name == "smollm2" and folder.exists():
                 models[name] = Llama.load(folder, "cuda", torch.bfloat16)
             else:
-                models[name] = random_model(SHAPES[{"8b": "llama-3.1-8b", "1b": "llama-3.2-1b", "smollm2": "smollm2-135m"}[name]], "cuda", torch.bfloat16)
+                shape = {"8b": "llama-3.1-8b", "1b": "llama-3.2-1b", "smollm2": "smollm2-135m"}[name]
+                models[name] = random_model(SHAPES[shape], "cuda", torch.bfloat16)
         return models[name]
     yield get
     models.clear()

@@ -76,7 +76,8 @@ def parse_flags(argv, description=None):
                        ("--chat", "put the prompts under the chat template"),
                        ("--vs-transformers", "add transformers' generate"),
                        ("--predict", "the speedup model with measured steps"), ("--speculation", "tables without a clock"),
-                       ("--small", "fewer fan-out budgets in --speculation"), ("--report", "write README.md and MEASURED.md from results/")):
+                       ("--small", "fewer fan-out budgets in --speculation"),
+                       ("--report", "write README.md and MEASURED.md from results/")):
         add(flag, action="store_true", help=help)
     args = parser.parse_args(argv)
     shapes, work = args.target_shape and not args.predict, (args.steps, args.kernels, args.predict, args.speculation)

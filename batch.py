@@ -13,6 +13,7 @@ from errors import UserError
 from kernels import MAX_ROWS
 from sampling import Sampler
 from timeline import Timeline
+from tree import Tree
 
 MAX_NODES = MAX_ROWS - 1        # drafted tokens in a tree: with its root as many rows as the kernels take
 NOTHING = contextlib.nullcontext()
@@ -75,10 +76,14 @@ class Options:
         behind each of them, level by level; so many that a forward still has some 16 rows were the best on an H100 (README). Never
         fewer than 4."""
         if outcomes is None:
-            widths, usual = self.widths(), min(Options.fanout_budget, CHEAP_ROWS // batch)
-            levels = len(widths) if isinstance(widths, list) else self.k
-            outcomes = max(4, min(usual, round(usual * levels / max(1, self.most_nodes() - 1))))     # K = 0 is for check() to say
+            usual = min(Options.fanout_budget, CHEAP_ROWS // batch)
+            outcomes = max(4, min(usual, round(usual * self.depth() / max(1, self.most_nodes() - 1))))     # K = 0 is for check() to say
         return replace(self, fanout_budget=outcomes)
+
+    def depth(self):
+        """K: the greatest depth of a tree."""
+        widths = self.widths()
+        return len(widths) if isinstance(widths, list) else self.k
 
     def widths(self):
         """The --tree option: None (chain), an int (nodes of the best tree) or a list (children per depth)."""
@@ -110,7 +115,8 @@ class Stats:
     batch_hits: int = 0
     draft_forwards: int = 0
     choices: list = field(default_factory=lambda: [[0, 0] for _ in range(32)])  # draft's r-th choice: [seen, taken]
-    stops: dict = field(default_factory=dict)       # node -> sequence-rounds that ended there, since the last plan
+    tree: Tree | None = None                        # what was verified last
+    stops: dict = field(default_factory=dict)       # its node -> sequence-rounds that ended there
     misses: dict = field(default_factory=dict)      # F -> [lookups, misses] of outcomes at nodes with F guesses
     sources: dict = field(default_factory=dict)     # "hit" | "neural" | "fast" -> [speculations, tokens they yielded]
     waits: dict = field(default_factory=dict)       # "hit" | "neural" | "fast" -> [rounds, seconds], by what they waited for
@@ -151,6 +157,11 @@ class Stats:
                 self.choices[r][0] += 1
                 self.choices[r][1] += r == taken
 
+    def use(self, tree):
+        """This tree is verified from now on."""
+        if tree != self.tree:
+            self.tree, self.stops = tree, {}
+
     def rank_acceptance(self):
         """Chance that the target takes the draft's 1st, 2nd, ... choice; a prior worth 16 looks stands in at first.
 
@@ -162,9 +173,9 @@ class Stats:
 
     def stop_probability(self, tree):
         """P(node) as measured; the rank model, worth 16 rounds, stands in for what hasn't been seen."""
-        seen = sum(self.stops.values())
-        model = tree.stop_probability(self.rank_acceptance())
-        return [(self.stops.get(node, 0) + 16 * p) / (seen + 16) for node, p in enumerate(model)]
+        stops, model = self.stops if self.tree in (None, tree) else {}, tree.stop_probability(self.rank_acceptance())
+        seen = sum(stops.values())
+        return [(stops.get(node, 0) + 16 * p) / (seen + 16) for node, p in enumerate(model)]
 
     def miss_exponent(self):
         """r of miss(F) = F^-r (Def. 11) that makes the expected number of misses the observed one."""
@@ -284,7 +295,7 @@ class Batch:
         self.read += 1
         hits, lines = [], []
         for row, line in enumerate(report):
-            hit, _, *guesses = found[row] if found else (0, 0, 0, 0)
+            hit, _, choice, guesses = found[row] if found else (0, 0, 0, 0)
             hits.append(bool(hit))
             if not self.left[row]:                  # ended in the round before, when this one ran already
                 continue
@@ -293,8 +304,8 @@ class Batch:
             cut = next((j + 1 for j, token in enumerate(new) if token in self.stop_ids), len(new))
             cut = min(cut, self.left[row])
             self.left[row] = 0 if new[cut - 1] in self.stop_ids else self.left[row] - cut
-            lines.append((self.live[row], self.sources[row], new[:cut], path[:k + 1], rejected_one, hit, guesses,
-                          self.left[row] > 0))
+            lines.append((self.live[row], self.sources[row], new[:cut], path[:k + 1], rejected_one, hit, choice,
+                          guesses, self.left[row] > 0))
         self.uncounted = lines, tree, self.kind, drafter if found else None     # a round of SD: nothing was looked up
         return hits
 
@@ -304,7 +315,7 @@ class Batch:
             return []
         (lines, tree, kind, drafter), self.uncounted, stats = self.uncounted, None, self.stats
         chunks, lookups = [], []
-        for sequence, source, tokens, path, rejected_one, hit, (choice, guesses), goes_on in lines:
+        for sequence, source, tokens, path, rejected_one, hit, choice, guesses, goes_on in lines:
             k, node = len(path) - 1, path[-1]
             origin = "accepted-hit" if source == "hit" else "accepted-miss"
             chunks.append(Chunk(sequence, tokens, ([origin] * k + ["bonus"])[:len(tokens)]))

@@ -190,7 +190,7 @@ class Drafter:
         """
         ops = kernels.ops_for(fed)
         if self.target_ids is not None:
-            fed = self.draft_ids[fed]                                       # an empty node, -1, may read as any token
+            fed = self.draft_ids[fed]                   # from here on the draft's own; an empty node, -1, may read as any token
         for level, (positions, ahead, slots), ancestors in forwards:
             hidden = self.model(fed, positions, slots, self.prefix_len, ancestors, self.cache)
             T = len(level.fan_out)                                          # rows of the level: a refeed has one more in front

@@ -153,7 +153,7 @@ class Rest:
         """Whether too few rounds found what had been prepared, if so many `coming` ones won't either."""
         # The first plan is a guess, with a fan-out at the wrong places perhaps: it gets all of its rounds, as the next plan may
         # then start anew. Later on it is enough that the rounds to come can't make good for those that were.
-        rounds = self.rounds + coming
+        rounds = self.rounds + coming                               # below: even if all that are left of TRIED hit
         return self.allowed and (rounds == TRIED or not self.guess) and self.found + TRIED - rounds < HOPELESS * TRIED
 
     def far(self):

@@ -170,8 +170,8 @@ class Target:
 # Chunks that the round produced. A stop id ends its sequence and is given out. seeds: one per sequence, by default
 # sampling.seed for all, so that a prompt's text is the same alone and in a batch. stats: a Stats to fill in.
 #
-# A GPU should hardly ever wait for Python: AR and SD start a round before they read the last one's outcome, SSD reads it
-# (it must know who missed), starts the next round and only then hands out the text.
+# A GPU should hardly ever wait for Python: AR and SD start a round before they read the last one's outcome; SSD starts it behind a
+# gate, reads who missed, and only then hands out the text.
 
 @torch.inference_mode()
 def autoregressive(target_model, prompts, max_new_tokens, sampling, stop_ids=(), seeds=None, stats=None):
@@ -196,6 +196,7 @@ def sd(target_model, draft_model, prompts, max_new_tokens, sampling, options, st
     target, drafter = batch.sides((Target, target_model, room, options.residual(batch.sampler)),
                                   (Drafter, draft_model, room, options))
     drafter.plan(tree, None)
+    batch.stats.use(tree)
     batch.prefilled()
     refeed = False                  # a fully accepted speculation ends in a token that the draft has never seen
     while batch.live:
@@ -213,7 +214,7 @@ def sd(target_model, draft_model, prompts, max_new_tokens, sampling, options, st
                 break
             old, (tree, fan) = tree, make_plan(options, batch.stats, draft_model, (tree, fan))
             if tree is not old:
-                batch.stats.stops.clear()
+                batch.stats.use(tree)
                 drafter.plan(tree, None)
 
 
@@ -229,8 +230,11 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
     target, drafter = batch.sides((Target, target_model, batch.length + 3 * nodes, options.residual(batch.sampler)),
                                   (Drafter, draft_model, room, options))
     drafter.plan(tree, fan)
+    batch.stats.use(tree)
     batch.prefilled()
     drafter.speculate()                                                 # round 1: the speculation cache is empty
+    # glue: some speculation isn't the draft's own; works: the draft prepares something; chunks: None until they are counted; ahead: the
+    # next round, if it was launched already; covered: nobody needs a backup any more.
     glue, works, chunks, ahead, rest = False, True, None, None, Rest(options.rests)
     with Beside(drafter) as beside:
         while True:
@@ -271,7 +275,7 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
             if replanned := plan != (tree, fan):
                 tree, fan = plan
                 drafter.plan(tree, fan)
-                batch.stats.stops.clear()
+                batch.stats.use(tree)
                 rest.new_plan()
             elif found is not None:
                 rest.count([hit for hit, left in zip(hits, batch.left) if left], backup)

@@ -1058,11 +1058,22 @@ def test_best_tree_is_best():
 def test_stop_probability():
     assert Tree.chain(3).stop_probability([0.6]) == pytest.approx(chain_stop(0.6, 3))
     assert Tree.from_widths([2]).stop_probability([0.5, 0.2]) == pytest.approx([0.3, 0.5, 0.2])
+    assert Tree.from_widths([2]).stop_probability([0.5]) == pytest.approx([0.5, 0.5, 0.0])          # of the second nothing is known
     for tree in Tree.from_widths([4, 2, 1, 1]), Tree.best(32, Stats().rank_acceptance(), 6):
         assert sum(tree.stop_probability(Stats().rank_acceptance())) == pytest.approx(1)
         stats = Stats(stops={0: 30, tree.size - 1: 10})
         assert sum(stats.stop_probability(tree)) == pytest.approx(1)
         assert stats.stop_probability(tree)[0] > tree.stop_probability(stats.rank_acceptance())[0]
+
+
+def test_counts_of_stops_are_of_one_tree():
+    stats, one, other = Stats(), Tree.chain(3), Tree.from_widths([2, 1])
+    stats.use(one)
+    stats.stops[0] = 30
+    stats.use(Tree.chain(3))
+    assert stats.stops == {0: 30} and stats.stop_probability(other) == pytest.approx(other.stop_probability(stats.rank_acceptance()))
+    stats.use(other)
+    assert not stats.stops
 
 
 def test_speedup_and_critical_batch():

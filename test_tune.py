@@ -228,3 +228,11 @@ def test_cache_key_tells_pairs_apart(measured):
     assert len(keys) == len(pairs) + len(ways) and all(torch.__version__ in key for key in keys)
     assert tune_cache.key(target, again, 1, Sampling(seed=3), "residual") == tune_cache.key(target, draft, 1, *GREEDY)
     assert tune_cache.fingerprint(draft) == tune_cache.fingerprint(Llama.random(draft.config, 1, "cpu").to(DEVICE))
+
+
+@pytest.mark.parametrize("options, in_flight", [(dict(k=7), 48), (dict(k=8), 32), (dict(tree="32", k=8), 32),
+                                                (dict(tree="4,2,1,1", k=8), 48), (dict(tree="2" + 9 * ",1"), 32)])
+def test_a_target_beside_a_draft_of_many_levels_keeps_less_in_flight(monkeypatch, options, in_flight):
+    monkeypatch.setattr(tune, "shares", lambda model: [Share(132), Share(132, 32)])
+    model = SimpleNamespace(device=torch.device("cpu"))
+    assert tune.usual_share(model, model, Options(**options)).in_flight == in_flight

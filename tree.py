@@ -101,8 +101,10 @@ class Tree:
         return [chance * (1 - sum(accept[:n])) for chance, n in zip(self.reach(accept), self.n_children)]
 
     def reach(self, accept):
-        """Chance that verification gets to each node; their sum is the expected tokens of a round. Returns a list of M+1."""
+        """Chance that verification gets to each node; their sum is the expected tokens of a round. Returns a list of M+1. A choice of
+        which accept says nothing is never taken."""
         chances = [1.0] * self.size
         for node in range(1, self.size):
-            chances[node] = chances[self.parents[node]] * accept[self.ranks[node]]
+            rank = self.ranks[node]
+            chances[node] = chances[self.parents[node]] * (accept[rank] if rank < len(accept) else 0.0)
         return chances

@@ -118,7 +118,7 @@ def usual_share(target_model, draft_model, options=Options()):
     """The Share of ssd's target where nothing has been tuned: None unless both models are on one GPU."""
     together = draft_model is not None and draft_model.device == target_model.device
     found = shares(target_model) if together else []
-    return found[options.k >= LONG] if found else None
+    return found[options.depth() >= LONG] if found else None
 
 
 def slowdown(alone, beside, first):

@@ -9,7 +9,7 @@
     python bench.py --sweep k,fanout,tree,cta                   which lookahead, fan-out, tree, share of the GPU? tree=32: that one
     python bench.py --tune                                      sd and ssd also as --tune finds them fastest
     python bench.py --vs-transformers                           the same model and prompts in transformers
-    python bench.py --steps llama-3.1-8b --context 128,2048,8192     ms a token and share of the ceiling, random weights
+    python bench.py --steps llama-3.1-8b --context 128,2048,8192     ms a step and share of the ceiling, random weights
     python bench.py --kernels llama-3.1-8b                      TB/s of every linear, beside torch's F.linear (GPU)
     python bench.py --predict                                   the speedup model: which draft size, K and fan-out?
     python bench.py --speculation                               tokens per round and hit rates: no clock involved
@@ -122,7 +122,7 @@ def compare(contestants, groups, repeats, *devices):
     Returns {label: [what was counted in each repeat]}, {label: texts} and {label: how often a repeat goes over the groups}:
     more than once where a single time is too short to tell anything.
     """
-    total, texts = {}, {}
+    texts = {}
     lengths = [max(map(len, group)) for group in groups]
     kinds = (max(lengths) - min(lengths)) // batching.SLOTS + 2             # of requests, by what their KV caches hold, at most
     batching.IDLE = max(batching.IDLE, kinds * len(contestants))            # each keeps its graphs from turn to turn
@@ -134,8 +134,9 @@ def compare(contestants, groups, repeats, *devices):
                 torch.cuda.reset_peak_memory_stats(device)
         size = len(groups[first])
         kept, text = contestants[label].run(groups[first], list(range(first * size, (first + 1) * size)))
+        peak = into.get(label, kept)["peak"]
         into[label] = into.get(label, Counter()) + kept
-        into[label]["peak"] = max(total.get(label, kept)["peak"], peak_memory(*devices))
+        into[label]["peak"] = max(peak, peak_memory(*devices))
         texts.setdefault(label, {})[first] = text
 
     warm, passes = {}, {}                                       # compiles, measures acceptance for the plans
@@ -330,9 +331,8 @@ def speed(args):
 
 def steps(args):
     """Time single steps of the shapes in --steps at every --context."""
-    machine, rows = card(args.device), []
-    for name in args.steps:
-        config = shape(name)
+    machine, rows, configs = card(args.device), [], {name: shape(name) for name in args.steps}
+    for name, config in configs.items():
         contexts = args.context or [512]
         check_memory(args, config, [], max(contexts))
         model = random_model(config, args.device, args.dtype)
@@ -352,9 +352,10 @@ def kernel_speeds(args):
     """Time every linear of a layer, and the head, against F.linear, over weights that rotate past the L2 cache."""
     if args.device.type != "cuda":
         raise UserError("--kernels times Triton kernels and needs a CUDA GPU")
+    for name in args.kernels:
+        shape(name)                                             # a UserError if there's none of that name
     machine, rows = card(args.device), []
     for name in args.kernels:
-        shape(name)
         for op, N, K, head_dim, kv in linears.operations(name):
             size = 2 * N * K
             copies = max(2, min(64, int(linears.L2_BYTES / size)))

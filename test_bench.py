@@ -239,6 +239,9 @@ def test_predict(capsys, tiny_shapes):
     (["--context", "2000"], "context of 1024"), (["--sweep", "k", "--predict"], "alone"),
     (["--predict", "--batch", "2"], "of batch 1"), (["--steps", "tiny", "--speculation"], "alone"),
     (["--target-shape", "tiny", "--tune"], "need a draft"), (["--draft-device", "cuda:99"], "--draft-device cuda:99"),
+    (["--steps", "tiny", "--target", "x"], "shapes of their own"), (["--predict", "--round-draft", "5"], "goes by shapes"),
+    (["--speculation", "--k", "3"], "by itself"), (["--speculation", "--batch", "1,8"], "one --batch"),
+    (["--speculation", "--small", "--plot", "x.svg"], "--small"), (["--js", "x"], "unrecognized"), (["--steps", "tiny,typo"], "typo"),
     (["--speculation", "--draft-device", "cpu"], "speed of a pair"), (["--target-shape", "tiny", "--draft-device", "cpu"], "a draft"),
     (["--round-draft", "0"], "at least 1"), (["--json", "/"], "a file in a folder")])
 def test_bad_requests(flags, says, tiny_shapes):

@@ -80,12 +80,13 @@ def texts(pair, mode, prompts, new, sampling, options=None, size=1, share=None, 
     return [text[:new] for text in found]
 
 
-def exact(pair, args):
+def exact(embedded, args):
     for name in args.pairs:
         if not (ROOT / FOLDERS[name][0]).exists():
             yield None, f"{name}: skipped, {FOLDERS[name][0]} isn't there", {}
             continue
-        share = usual_share((pair := load(name, args)).target, pair.draft)
+        pair = embedded if name == "embedded" else load(name, args)
+        share = usual_share(pair.target, pair.draft)
         for sampling in Sampling(), Sampling(1.0, seed=7):
             began, wrong, ssd = time.perf_counter(), [], Stats()
             wanted = texts(pair, "ar", pair.prompts, args.new, sampling, size=args.batch)
@@ -137,6 +138,10 @@ def main(argv=None):
     args.only, args.pairs, args.device = args.only.split(","), args.pairs.split(","), find_device(args.device)
     if unknown := {*args.only} - {*CHECKS} | {*args.pairs} - {*FOLDERS}:
         raise UserError(f"--only takes {','.join(CHECKS)} and --pairs {','.join(FOLDERS)}, not {','.join(unknown)}")
+    if min(args.prompts, args.batch, args.runs, args.new) < 1:
+        raise UserError("--prompts, --batch, --runs and --new must be at least 1")
+    if args.json and (not Path(args.json).parent.is_dir() or Path(args.json).is_dir()):
+        raise UserError(f"--json {args.json}: expected a file in a folder that is there")
     cuda, args.dtype = args.device.type == "cuda", torch.bfloat16 if args.device.type == "cuda" else torch.float32
     for check in args.only:
         for ok, line, figures in CHECKS[check](load("embedded", args), args):

@@ -106,6 +106,13 @@ def parse_flags(argv, description=None):
         (args.draft_device and (any(work) or args.vs_transformers or not drafts),
          "--draft-device is for the speed of a pair: it needs a draft, and goes without --steps, --kernels, --predict, "
          "--speculation and --vs-transformers"),
+        ((args.steps or args.kernels) and (args.target or args.draft or args.pad or args.prompts or args.round_draft or args.target_shape),
+         "--steps and --kernels have shapes of their own: leave out --target, --draft, --round-draft, --pad, --target-shape and --prompts"),
+        (args.predict and (args.target or args.draft or args.pad or args.prompts or args.round_draft),
+         "--predict goes by shapes: leave out --target, --draft, --round-draft, --pad and --prompts"),
+        (args.speculation and (args.target_shape or len(args.batch) > 1 or args.tree or args.k != Options.k),
+         "--speculation needs a real pair and takes one --batch; it tries several --k and --tree by itself"),
+        (args.plot and args.small, "--plot draws what fan-out budgets bring, of which --small leaves only one"),
         (args.vs_transformers and (args.batch != [1] or args.target_shape or args.draft_dtype),
          "--vs-transformers takes --batch 1 and a real pair, its draft not in int8"),
         (args.batch != [1] and any(work[:3]), "--steps, --kernels and --predict are of batch 1"),

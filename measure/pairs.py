@@ -66,11 +66,12 @@ def shape(name):
 def check_memory(args, target, drafts, prompt_tokens):
     """UserError if the target, the drafts beside it and their KV caches won't fit (configs); before anything is loaded."""
     options, size = args.options, max(args.batch)
-    nodes, length = 1 + (options.k if options.tree is None else batching.MAX_NODES), prompt_tokens + args.max_new_tokens
-    cache = lambda c, slots: 2 * c.n_layers * c.n_kv_heads * c.head_dim * slots * size * args.dtype.itemsize
-    needed = model_bytes(target, args.dtype) + cache(target, length + 2 * nodes)
+    nodes, length = options.most_nodes(), prompt_tokens + args.max_new_tokens
+    cache = lambda c, slots: (2 * c.n_layers * c.n_kv_heads * c.head_dim * -(-slots // batching.SLOTS) * batching.SLOTS * size
+                              * args.dtype.itemsize)
+    needed = model_bytes(target, args.dtype) + cache(target, length + 3 * nodes)
     for draft in drafts if args.draft_device == args.device else ():
-        needed += model_bytes(draft, args.dtype) + cache(draft, length + nodes * (options.fanout_budget + 2))
+        needed += model_bytes(draft, args.dtype) + cache(draft, length + nodes * (options.fanout_budget + 3))
     needed, cuda = 1.1 * needed + 0.3e9, args.device.type == "cuda"
     if cuda:
         torch.cuda.empty_cache()

@@ -12,6 +12,7 @@ import torch
 
 from batch import Options, Stats
 from bench import Contestant, compare
+from errors import UserError
 from generate import MODES, WEIGHTS
 from graphs import Graphs, Mailbox
 from measure.timing import random_model
@@ -61,7 +62,8 @@ def steady(pair, args):
 
 
 def at_8b_cost(pair, args, right):
-    """The pair at the cost of an 8B target and a 135M draft (on a CPU as it is). Unless `right` the draft has random weights."""
+    """Make the pair, in place, one at the cost of an 8B target and a 135M draft (on a CPU it stays as it is). Unless `right` the draft
+    has random weights. Returns the Share of its target."""
     cuda, config = args.device.type == "cuda", pair.draft.config
     torch.manual_seed(99)
     if cuda:
@@ -115,6 +117,8 @@ def host(pair, args):
                 if number > 3 and now[2] == before[2]:
                     own.append(now[0] - before[0] - (now[1] - before[1]))
                 before = now
+    if len(own) < 2:
+        raise UserError("host: the texts are too short to time a round; raise --new")
     stats.timeline = Timeline(target=args.device, draft=args.device)
     for _ in MODES["ssd"](*request[0], *request[1:], stats=stats):
         pass

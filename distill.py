@@ -205,7 +205,7 @@ def describe(name, result):
 # Command line
 
 def parse_args(argv):
-    parser = FlagParser(description="Distil a small draft for a target model.", allow_abbrev=False)
+    parser = FlagParser(description="Distil a small draft for a target model.")
     add = parser.add_argument
     add("--target", required=True, help="folder of the target (Hugging Face layout)")
     add("--out", required=True, help="folder of the draft; work files go to OUT.work")

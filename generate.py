@@ -398,6 +398,7 @@ def compare(engine, batches):
 def run(args):
     """Check what is cheap to check, load, answer. Returns the exit code."""
     rows, replies = read_rows(args), []
+    args.batch = min(args.batch, max(1, len(rows)))             # no more run together than there are
     engine = Engine(args)
     for number, (where, row) in enumerate(rows.items(), 1):
         try:

@@ -274,6 +274,9 @@ class Llama(nn.Module):
         if (ops == "triton" or graphs) and self.device.type != "cuda":
             raise UserError(f"Triton kernels and CUDA graphs need a CUDA GPU, the model is on {self.device}; "
                             f"leave out --kernels or choose torch")
+        if ops == "triton" and self.config.head_dim & (self.config.head_dim - 1):
+            raise UserError(f"the Triton kernels need a head_dim that is a power of two, the model's is {self.config.head_dim}; leave out "
+                            f"--kernels or choose torch")
         plain = ops == "torch" or ops is None and self.ops is kernels.TORCH
         self.ops = kernels.TORCH if plain else kernels.triton_ops(share)
         self.graphs = self.graphs if graphs is None else graphs

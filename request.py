@@ -14,6 +14,9 @@ MODES = "ar", "sd", "ssd"
 
 
 class FlagParser(argparse.ArgumentParser):
+    def __init__(self, *args, **more):
+        super().__init__(*args, allow_abbrev=False, **more)
+
     def error(self, message):
         raise UserError(message)                        # one line, as for every other mistake, and no usage dump
 
@@ -27,7 +30,7 @@ def number_or_auto(text):
 
 
 def parse_flags(argv, description=None):
-    parser = FlagParser("generate.py", description=description, allow_abbrev=False,
+    parser = FlagParser("generate.py", description=description,
                         formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def add(flag, default=None, help="", **how):

@@ -366,15 +366,22 @@ def test_slower_speculation_is_not_used(tuned, mode, times):
     assert answer["mode"] == "ssd" and err.count("\n") == 1
 
 
+def test_fewer_prompts_than_the_batch_have_room_for(run, target, draft, monkeypatch):
+    seen = used(monkeypatch)
+    run("--model", target, "--draft", draft, "--prompt", "Once", "--max-new-tokens", 4, "--batch", 64)
+    assert seen["ssd"].fanout_budget == 16
+
+
 @pytest.mark.parametrize("flags, tree, budget", [((), None, 16), (("--tree", 32), "32", 4), (("--tree", "4,2,1"), "4,2,1", 4),
                                                  (("--tree", "2,1,1"), "2,1,1", 8), (("--tree", 8, "--k", 8), "8", 16),
                                                  (("--tree", 32, "--fanout-budget", 7), "32", 7), (("--batch", 2), None, 16),
                                                  (("--batch", 4), None, 8), (("--batch", 64), None, 4),
                                                  (("--batch", 4, "--tree", "2,1,1"), "2,1,1", 4),
                                                  (("--batch", 8, "--fanout-budget", 16), None, 16)])
-def test_without_a_choice_the_defaults(run, target, draft, monkeypatch, flags, tree, budget):
-    seen = used(monkeypatch)
-    run("--model", target, "--draft", draft, "--prompt", "Once", "--max-new-tokens", 4, *(flags or ("--k", "auto")))
+def test_without_a_choice_the_defaults(run, target, draft, monkeypatch, tmp_path, flags, tree, budget):
+    seen, prompts = used(monkeypatch), tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Once"}\n' * dict(zip(flags[::2], flags[1::2])).get("--batch", 1))
+    run("--model", target, "--draft", draft, "--prompts", prompts, "--max-new-tokens", 4, *(flags or ("--k", "auto")))
     assert (seen["ssd"].k, seen["ssd"].tree, seen["ssd"].fanout_budget) == (8 if "--k" in flags else 6, tree, budget)
 
 

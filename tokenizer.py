@@ -211,7 +211,7 @@ def _read_json(path, optional=False):
 
 def _meta_vocabulary(path, content):
     if content.startswith(b"\n"):  # the tag of the protobuf's first field
-        raise UserError(f"{path}: SentencePiece (Llama 2) is not supported, and there is no tokenizer.json; "
+        raise UserError(f"{path}: SentencePiece (Llama 2) is not supported; "
                         "expected byte-level BPE: use a checkpoint such as Llama 3 or SmolLM2")
     lines = [line.split() for line in content.splitlines() if line]
     bytes_of = {int(rank): base64.b64decode(token, validate=True) for token, rank in lines}

@@ -211,9 +211,9 @@ class Llama(nn.Module):
         self.head = self.embed if c.tie_embeddings else new(c.vocab_size, c.dim)
         # How it runs, see `run_with`: on a GPU with Triton kernels inside CUDA graphs, elsewhere as plain torch.
         self.graphs = torch.device(device or "cpu").type == "cuda"
-        self.ops = kernels.TRITON if self.graphs and c.head_dim & (c.head_dim - 1) == 0 else kernels.TORCH
+        self.ops = kernels.TRITON if self.graphs and kernels.takes(c.head_dim) else kernels.TORCH
         if self.graphs and self.ops is kernels.TORCH:
-            warnings.warn(f"head_dim {c.head_dim} is no power of two: plain torch instead of the Triton kernels")
+            warnings.warn(f"head_dim {c.head_dim} is no power of two from 16 on: plain torch instead of the Triton kernels")
         self.compiled = set()                           # kinds of steps whose kernels are there
         self.register_buffer("freqs", rope_frequencies(c).to(device), persistent=False)
         # A trimmed draft's id -> target id; draft id 0 stands for every token it doesn't know and maps to -1.
@@ -274,9 +274,9 @@ class Llama(nn.Module):
         if (ops == "triton" or graphs) and self.device.type != "cuda":
             raise UserError(f"Triton kernels and CUDA graphs need a CUDA GPU, the model is on {self.device}; "
                             f"leave out --kernels or choose torch")
-        if ops == "triton" and self.config.head_dim & (self.config.head_dim - 1):
-            raise UserError(f"the Triton kernels need a head_dim that is a power of two, the model's is {self.config.head_dim}; leave out "
-                            f"--kernels or choose torch")
+        if ops == "triton" and not kernels.takes(self.config.head_dim):
+            raise UserError(f"the Triton kernels need a head_dim that is a power of two from 16 on, the model's is "
+                            f"{self.config.head_dim}; leave out --kernels or choose torch")
         plain = ops == "torch" or ops is None and self.ops is kernels.TORCH
         self.ops = kernels.TORCH if plain else kernels.triton_ops(share)
         self.graphs = self.graphs if graphs is None else graphs

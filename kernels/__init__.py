@@ -33,10 +33,15 @@ def triton_ops(share):
 TRITON = triton_ops(None)
 
 
+def takes(head_dim):
+    """Whether the kernels take heads of that size: a tensor core product has no fewer than 16 columns."""
+    return head_dim >= 16 and head_dim & (head_dim - 1) == 0
+
+
 def ops_for(tensor):
     """The ops that fit where a tensor lives."""
     return TRITON if tensor.is_cuda else TORCH
 
 
 __all__ = ["Ancestors", "MAX_BEST", "MAX_ROWS", "TORCH", "TRITON", "Int8Weight", "Share", "compiling_together", "gumbel",
-           "ops_for", "triton_ops", "uniform"]
+           "ops_for", "takes", "triton_ops", "uniform"]

@@ -6,7 +6,7 @@ on the shape of a block.
 import triton
 import triton.language as tl
 
-FIXED = tl.constexpr(2.0**28)           # a sum of squares is an int64 in units of 2^-28 (up to 3.4e10, overflow beyond)
+FIXED = tl.constexpr(2.0**28)           # a sum of squares is an int64 in units of 2^-28: up to 3.4e10, and off by less than eps notices
 
 
 @triton.jit

@@ -154,6 +154,7 @@ class AtOnce(Operands):
         super().__init__(x, w)
         self.warps = warps_at_once(self.N, self.K)
         self.grid = triton.cdiv(self.N, TILE), triton.cdiv(self.M, TILE)
+        # PIECES: at_once.all_columns cuts K into the powers of two that it consists of.
         self.shape = dict(BM=TILE, BN=TILE, PARTS=self.warps, PIECES=self.K.bit_count(), INT8=self.INT8, PDL=pdl(x.device),
                           num_warps=self.warps, **launch_options(x.device))
 
@@ -227,7 +228,8 @@ def wait_for_inputs(PDL: tl.constexpr, LATER: tl.constexpr = False):
     """Wait until what the previous kernel wrote is visible, then let the next one start, unless `next_may_start` does so LATER.
 
     In this order a kernel that has started knows that all but its direct predecessor are done: their outputs may be read
-    before the wait.
+    before the wait. That holds because in each kernel some program waits, each lets the next kernel start after its wait, or
+    ends, and none writes before it.
     """
     if PDL:
         tl.extra.cuda.gdc_wait()

@@ -12,7 +12,7 @@ Grid: one program per block of output rows, or fewer that take several blocks in
 loop then: the first weights of the next block are on their way while this one ends. A program computes
 W[BN, K] @ x.T[K, BM]: the weight is the left operand, so that rows of x are only columns of the result, and the order of
 every sum is the same for 1 row of x and for 128. That makes decoding and verifying bit-exact:
-  - the split of K depends on the shape of W alone (the width of a program, BK, stages and warps don't change the order
+  - the split of K depends on the shape of W alone, on one kind of GPU (the width of a program, BK, stages and warps don't change the order
     of a sum: mma.sync and wgmma add the products of 16 k, then the next 16, whatever the tile);
   - split-K partials are added in order by whichever program of a block comes last;
   - sums are fixed-point integers, which add up to the same in any order.
@@ -137,7 +137,7 @@ def split_kernel(x_ptr, w_ptr, scale_ptr, residual_ptr, norm_ptr, y_ptr, weighed
                  SPLIT: tl.constexpr, INT8: tl.constexpr, ADD: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr):
     """The same with SPLIT programs a block. Work p is part p % SPLIT of K of block p // SPLIT; whoever is last adds up."""
     m, n = tl.arange(0, BM), tl.arange(0, BN)
-    SPAN: tl.constexpr = (K + 512 * SPLIT - 1) // (512 * SPLIT) * 512       # of K a part: whole steps for any BK
+    SPAN: tl.constexpr = (K + 512 * SPLIT - 1) // (512 * SPLIT) * 512       # of K a part: whole steps for any BK up to 512
     first = tl.program_id(0)
     prefetch(w_ptr, first // SPLIT * BN, N, K, (first % SPLIT) * SPAN, BN, PREFETCH, PDL)
     wait_for_inputs(PDL, LATER=True)

@@ -33,7 +33,8 @@ def operations(shape):
 
 
 def candidates(op, N, K, head_dim, element_size, rows):
-    """Block shapes worth trying: tiles in flight of 24 to 115 KB, a grid that isn't tiny."""
+    """Block shapes worth trying: tiles in flight of 48 to 115 KB (int8: 24), a grid that isn't tiny. (Not all there are: an H200's
+    table has some with other numbers of warps.)"""
     for BN, BK, stages, warps, split in itertools.product((16, 32, 64, 128), (64, 128, 256, 512), (2, 3, 4, 5, 6),
                                                           (2, 4, 8), (1, 2, 4)):
         flight, programs, steps = BN * BK * element_size * stages, -(-N // BN) * split, -(-K // BK // split)
@@ -114,6 +115,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not launch.is_hopper():
         raise UserError("needs a Hopper GPU: on others kernels/launch.py goes by its rule and reads no table")
+    if not 0 < args.rows <= launch.MAX_ROWS:
+        raise UserError(f"--rows: the kernels take 1 to {launch.MAX_ROWS}")
     if unknown := set(args.shapes.split(",")) - set(SHAPES):
         raise UserError(f"unknown shape {', '.join(sorted(unknown))}; expected some of {', '.join(SHAPES)}")
     table, everything = {}, []
@@ -130,9 +133,11 @@ def main(argv=None):
                 blocks = blocks or [launch.blocks_for(*operation[1:3], args.rows, args.int8)]
                 plans[shape, operation] = blocks, pool.map(compile_one, [(operation, b, args.rows, args.int8)
                                                                          for b in blocks])
-        compiled = {key: [b for b, ok in zip(blocks, oks) if ok is True] for key, (blocks, oks) in plans.items()}
-    for (shape, operation), blocks in compiled.items():
-        if not blocks:                              # none compiled
+        compiled = {key: [*zip(blocks, oks)] for key, (blocks, oks) in plans.items()}
+    for (shape, operation), tried in compiled.items():
+        blocks = [b for b, ok in tried if ok is True]
+        if not blocks:
+            print(f"{shape} {operation[0]}: none compiled, the first: {tried[0][1]}", flush=True)
             continue
         op, N, K, head_dim, kv = operation
         bytes_moved = N * K * (1 if args.int8 else 2)
@@ -152,7 +157,9 @@ def main(argv=None):
     print(f"{table_name(args.rows, args.int8)}={{")
     for (N, K), b in table.items():
         print(f"    ({N}, {K}): Blocks{tuple(b)},")
-    print("}")
+    print("},")
+    if args.rows <= 16 and not args.int8:
+        print("# --rows above 16 goes by the splits that stand in kernels/launch.py: paste this there first")
     if args.json:
         with open(args.json, "w") as file:
             json.dump(everything, file)

@@ -8,7 +8,7 @@
     ... python -m measure.sanitize 1/4                      every fourth run: racecheck takes more than a minute for each
 
 Two layers, head_dim 64; chains and trees, greedy and sampled, a draft with a vocabulary of its own and one in int8, either backup, both
-accept rules, a target that keeps to its share. Every kernel of a round is launched (test_accept.py counts them), and the
+accept rules, a target that keeps to its share. Every kernel of a round but the gate is launched (test_accept.py counts them), and the
 texts must be ar's.
 """
 import sys

@@ -191,10 +191,10 @@ class Drafter:
         ops = kernels.ops_for(fed)
         if self.target_ids is not None:
             fed = self.draft_ids[fed]                   # from here on the draft's own; an empty node, -1, may read as any token
-        for level, (positions, ahead, slots), ancestors in forwards:
+        for level, (positions, following, slots), ancestors in forwards:
             hidden = self.model(fed, positions, slots, self.prefix_len, ancestors, self.cache)
             T = len(level.fan_out)                                          # rows of the level: a refeed has one more in front
-            ranked, scores, drawn, q = self.choices(hidden[:, -T:].contiguous(), ahead[:, -T:], level)
+            ranked, scores, drawn, q = self.choices(hidden[:, -T:].contiguous(), following[:, -T:], level)
             fed = ops.grow(spec.tokens, spec.guesses, ranked, drawn, known, self.tree.children, level.nodes, level.below,
                            self.target_ids, self.draft_ids, spec.odds, scores, self.sharp)
             if spec.q is not None:

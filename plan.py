@@ -95,6 +95,7 @@ def make_plan(options, stats, draft_model, old=None):
     else:
         stop = stats.stop_probability(tree) if options.fanout == "auto" else tree.stop_probability(accept)
         r = stats.miss_exponent()
+    # Of what is to be chosen by each round only the sum counts (layout.Layout).
     fan = fan_out(stop, r, options.fanout_budget, vocab_size - 1 - max(tree.n_children))
     misses = lambda fan: sum(p * max(F, 0.5) ** -r for p, F in zip(stop, fan))
     if old is not None and tree is old[0] and (options.by_round() or misses(old[1]) - misses(fan) < WORTHWHILE):

@@ -115,7 +115,7 @@ class Stats:
     batch_hits: int = 0
     draft_forwards: int = 0
     choices: list = field(default_factory=lambda: [[0, 0] for _ in range(32)])  # draft's r-th choice: [seen, taken]
-    tree: Tree | None = None                        # what was verified last
+    tree: Tree | None = None                        # what was verified in the round that was counted last
     stops: dict = field(default_factory=dict)       # its node -> sequence-rounds that ended there
     misses: dict = field(default_factory=dict)      # F -> [lookups, misses] of outcomes at nodes with F guesses
     sources: dict = field(default_factory=dict)     # "hit" | "neural" | "fast" -> [speculations, tokens they yielded]
@@ -158,7 +158,7 @@ class Stats:
                 self.choices[r][1] += r == taken
 
     def use(self, tree):
-        """This tree is verified from now on."""
+        """A round is counted that verified this tree."""
         if tree != self.tree:
             self.tree, self.stops = tree, {}
 
@@ -229,7 +229,7 @@ class Batch:
         of a pair read each other's results: so they stay together.
         """
         s, B = self.sampler, len(self.live)
-        wanted = [(kind, model, -(-room // SLOTS) * SLOTS, *more) for kind, model, room, *more in wanted]
+        wanted = [(kind, model, whole(room), *more) for kind, model, room, *more in wanted]
         parts = ((kind, *way(model), *more) for kind, model, *more in wanted)
         self.key = B, type(s), s.temperature, s.top_k, s.top_p, *parts
         self.idle = wanted[0][1].__dict__.setdefault("idle", {})            # kept by the target model
@@ -315,6 +315,7 @@ class Batch:
             return []
         (lines, tree, kind, drafter), self.uncounted, stats = self.uncounted, None, self.stats
         chunks, lookups = [], []
+        stats.use(tree)
         for sequence, source, tokens, path, rejected_one, hit, choice, guesses, goes_on in lines:
             k, node = len(path) - 1, path[-1]
             origin = "accepted-hit" if source == "hit" else "accepted-miss"
@@ -369,6 +370,11 @@ class Batch:
             for part in parts:
                 part.keep(rows)
         return rows
+
+
+def whole(slots):
+    """Slots of a KV cache with room for so many."""
+    return -(-slots // SLOTS) * SLOTS
 
 
 def power_of_two_above(n):

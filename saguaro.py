@@ -196,7 +196,6 @@ def sd(target_model, draft_model, prompts, max_new_tokens, sampling, options, st
     target, drafter = batch.sides((Target, target_model, room, options.residual(batch.sampler)),
                                   (Drafter, draft_model, room, options))
     drafter.plan(tree, None)
-    batch.stats.use(tree)
     batch.prefilled()
     refeed = False                  # a fully accepted speculation ends in a token that the draft has never seen
     while batch.live:
@@ -214,7 +213,6 @@ def sd(target_model, draft_model, prompts, max_new_tokens, sampling, options, st
                 break
             old, (tree, fan) = tree, make_plan(options, batch.stats, draft_model, (tree, fan))
             if tree is not old:
-                batch.stats.use(tree)
                 drafter.plan(tree, None)
 
 
@@ -230,7 +228,6 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
     target, drafter = batch.sides((Target, target_model, batch.length + 3 * nodes, options.residual(batch.sampler)),
                                   (Drafter, draft_model, room, options))
     drafter.plan(tree, fan)
-    batch.stats.use(tree)
     batch.prefilled()
     drafter.speculate()                                                 # round 1: the speculation cache is empty
     # glue: some speculation isn't the draft's own; works: the draft prepares something; chunks: None until they are counted; ahead: the
@@ -275,7 +272,6 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
             if replanned := plan != (tree, fan):
                 tree, fan = plan
                 drafter.plan(tree, fan)
-                batch.stats.use(tree)
                 rest.new_plan()
             elif found is not None:
                 rest.count([hit for hit, left in zip(hits, batch.left) if left], backup)

@@ -294,7 +294,8 @@ def speed(args):
                 weights, cached = step_bytes(pair.target.config, args.dtype, int(middle))
                 floor = (weights + size * cached) / machine["copy_bandwidth"]
                 models = [model for model in (pair.target, pair.draft) if model is not None]
-                head = dict(pair=pair.name, synthetic=pair.accept is not None, batch=size, prompts=count,
+                apart = ", the draft on another GPU" * (args.draft_device != args.device)
+                head = dict(pair=pair.name + apart, synthetic=pair.accept is not None, batch=size, prompts=count,
                             prompt_tokens=[min(lengths), max(lengths)], new_tokens=args.max_new_tokens,
                             dtype=str(args.dtype)[6:], temperature=args.sampling.temperature, share=share,
                             options=asdict(options), weight_bytes=weights, kv_bytes=size * cached,
@@ -331,8 +332,8 @@ def speed(args):
 
 def steps(args):
     """Time single steps of the shapes in --steps at every --context."""
-    machine, rows, configs = card(args.device), [], {name: shape(name) for name in args.steps}
-    for name, config in configs.items():
+    machine, rows = card(args.device), []
+    for name, config in {name: shape(name) for name in args.steps}.items():
         contexts = args.context or [512]
         check_memory(args, config, [], max(contexts))
         model = random_model(config, args.device, args.dtype)
@@ -352,10 +353,8 @@ def kernel_speeds(args):
     """Time every linear of a layer, and the head, against F.linear, over weights that rotate past the L2 cache."""
     if args.device.type != "cuda":
         raise UserError("--kernels times Triton kernels and needs a CUDA GPU")
-    for name in args.kernels:
-        shape(name)                                             # a UserError if there's none of that name
     machine, rows = card(args.device), []
-    for name in args.kernels:
+    for name in {name: shape(name) for name in args.kernels}:
         for op, N, K, head_dim, kv in linears.operations(name):
             size = 2 * N * K
             copies = max(2, min(64, int(linears.L2_BYTES / size)))

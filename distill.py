@@ -24,7 +24,7 @@ from bulk import (Batches, Rows, concatenate, dense_hidden, exit_on_interrupt, f
                   sample_continuations, to_device, train, whole)
 from errors import UserError, exit_on_user_error
 from generate import find_device
-from request import FlagParser
+from request import FlagParser, has_place
 from tokenizer import Tokenizer
 
 MIN_DRAFT_VOCAB = 16
@@ -250,7 +250,7 @@ def parse_args(argv):
                         f"got {args.head_dim}")
     if args.min_p > 1:
         raise UserError(f"--min-p is a share of the likeliest token's probability: at most 1, got {args.min_p}")
-    if args.report and (not Path(args.report).parent.is_dir() or Path(args.report).is_dir()):
+    if args.report and not has_place(args.report):
         raise UserError(f"--report {args.report}: can't be written; expected a file in a folder that is there")
     return args
 

@@ -21,6 +21,11 @@ class FlagParser(argparse.ArgumentParser):
         raise UserError(message)                        # one line, as for every other mistake, and no usage dump
 
 
+def has_place(path):
+    """Whether a file of that name can stand there: in a folder that is there."""
+    return Path(path).parent.is_dir() and not Path(path).is_dir()
+
+
 def number_or_auto(text):
     """An argparse type: a whole number, or None for "auto"."""
     try:
@@ -84,7 +89,7 @@ def parse_flags(argv, description=None):
         (args.compare and (args.mode or args.json), "--compare is a table of all modes: leave out --mode and --json"),
         (args.compare and (args.trace is not None or args.timeline),
          "--trace and --timeline are of one mode: leave out --compare"),
-        (args.trace is not None and (not Path(args.trace).parent.is_dir() or Path(args.trace).is_dir()),
+        (args.trace is not None and not has_place(args.trace),
          f"--trace {args.trace}: can't be written; expected a file in a folder that is there"),
         (args.color and (args.compare or args.json), "--color tints text: leave out --compare and --json"),
         (args.batch < 1, f"--batch must be at least 1, got {args.batch}"),

@@ -31,7 +31,7 @@ from generate import MODES, WEIGHTS, find_device
 from measure import steady
 from measure.pairs import Pair, worse
 from model import Llama
-from request import FlagParser
+from request import FlagParser, has_place
 from saguaro import Target
 from sampling import Sampling
 from tokenizer import Tokenizer
@@ -140,7 +140,7 @@ def main(argv=None):
         raise UserError(f"--only takes {','.join(CHECKS)} and --pairs {','.join(FOLDERS)}, not {','.join(unknown)}")
     if min(args.prompts, args.batch, args.runs, args.new) < 1:
         raise UserError("--prompts, --batch, --runs and --new must be at least 1")
-    if args.json and (not Path(args.json).parent.is_dir() or Path(args.json).is_dir()):
+    if args.json and not has_place(args.json):
         raise UserError(f"--json {args.json}: expected a file in a folder that is there")
     cuda, args.dtype = args.device.type == "cuda", torch.bfloat16 if args.device.type == "cuda" else torch.float32
     for check in args.only:

@@ -1,13 +1,12 @@
 """The flags of bench.py."""
 import argparse
 import math
-from pathlib import Path
 
 from batch import FANOUTS, Options
 from errors import UserError
 from generate import find_device, find_draft_device
 from model import DTYPES
-from request import FlagParser
+from request import FlagParser, has_place
 from sampling import Sampling
 from shapes import SHAPES
 
@@ -82,6 +81,7 @@ def parse_flags(argv, description=None):
     args = parser.parse_args(argv)
     shapes, work = args.target_shape and not args.predict, (args.steps, args.kernels, args.predict, args.speculation)
     optional = args.repeats, *args.round_draft, *(args.ctas or [])
+    own = args.target or args.draft or args.round_draft or args.pad or args.pad_draft or args.prompts
     drafts = args.draft or args.round_draft or args.draft_shape or not (args.target or args.target_shape)
     for wrong, message in (
         (min(*args.batch, *(args.context or []), *args.rows, args.sequences, *(n for n in optional if n is not None)) < 1,
@@ -90,7 +90,7 @@ def parse_flags(argv, description=None):
         (max(args.rows) > 128, "--rows: a step takes at most 128 tokens"),
         (args.max_new_tokens < 32, f"--max-new-tokens must be at least 32 to be timed, got {args.max_new_tokens}"),
         (not 0 <= args.temperature < math.inf, f"--temperature must be at least 0, got {args.temperature}"),
-        (shapes and (args.target or args.draft or args.pad or args.pad_draft or args.prompts or args.round_draft),
+        (shapes and own,
          "--target-shape means random weights: leave out --target, --draft, --round-draft, --pad, --pad-draft and --prompts"),
         (args.pad_draft and not (args.pad and drafts),
          "--pad-draft needs a draft, and goes with --pad: the target's vocabulary must be the larger one"),
@@ -106,9 +106,9 @@ def parse_flags(argv, description=None):
         (args.draft_device and (any(work) or args.vs_transformers or not drafts),
          "--draft-device is for the speed of a pair: it needs a draft, and goes without --steps, --kernels, --predict, "
          "--speculation and --vs-transformers"),
-        ((args.steps or args.kernels) and (args.target or args.draft or args.pad or args.prompts or args.round_draft or args.target_shape),
+        ((args.steps or args.kernels) and (own or args.target_shape),
          "--steps and --kernels have shapes of their own: leave out --target, --draft, --round-draft, --pad, --target-shape and --prompts"),
-        (args.predict and (args.target or args.draft or args.pad or args.prompts or args.round_draft),
+        (args.predict and own,
          "--predict goes by shapes: leave out --target, --draft, --round-draft, --pad and --prompts"),
         (args.speculation and (args.target_shape or len(args.batch) > 1 or args.tree or args.k != Options.k),
          "--speculation needs a real pair and takes one --batch; it tries several --k and --tree by itself"),
@@ -118,7 +118,7 @@ def parse_flags(argv, description=None):
         (args.batch != [1] and any(work[:3]), "--steps, --kernels and --predict are of batch 1"),
         (args.plot and (args.steps or args.kernels),
          "--plot draws speeds, --predict and --speculation, not single steps or kernels"),
-        (any(path and (not Path(path).parent.is_dir() or Path(path).is_dir()) for path in (args.json, args.plot)),
+        (any(path and not has_place(path) for path in (args.json, args.plot)),
          "--json and --plot need a file in a folder that is there"),
     ):
         if wrong:

@@ -67,8 +67,7 @@ def check_memory(args, target, drafts, prompt_tokens):
     """UserError if the target, the drafts beside it and their KV caches won't fit (configs); before anything is loaded."""
     options, size = args.options, max(args.batch)
     nodes, length = options.most_nodes(), prompt_tokens + args.max_new_tokens
-    cache = lambda c, slots: (2 * c.n_layers * c.n_kv_heads * c.head_dim * -(-slots // batching.SLOTS) * batching.SLOTS * size
-                              * args.dtype.itemsize)
+    cache = lambda c, slots: 2 * c.n_layers * c.n_kv_heads * c.head_dim * batching.whole(slots) * size * args.dtype.itemsize
     needed = model_bytes(target, args.dtype) + cache(target, length + 3 * nodes)
     for draft in drafts if args.draft_device == args.device else ():
         needed += model_bytes(draft, args.dtype) + cache(draft, length + nodes * (options.fanout_budget + 3))
@@ -98,7 +97,7 @@ def shape_pair(args):
     prompts = torch.randint(1, (draft_config or config).vocab_size, (max(args.sequences, *args.batch), max(lengths)),
                             generator=torch.Generator().manual_seed(0)).tolist()
     name = args.target_shape if draft is None else f"SYNTHETIC: {args.target_shape} + {args.draft_shape}, random weights, " \
-        f"acceptance set to {args.accept_rate:g}" + ", the draft on another GPU" * (args.draft_device != args.device)
+        f"acceptance set to {args.accept_rate:g}"
     return Pair(name, target, draft, prompts, set(), rank_law(args.accept_rate) if draft else None)
 
 
@@ -141,7 +140,6 @@ def text_pairs(args, padded, padded_draft):
             draft = trim(draft, whole.vocab_size)
         if args.draft_dtype and draft is not None:
             draft, name = draft.to_int8(), name + ", int8 draft"
-        name += ", the draft on another GPU" * (args.draft_device != device)
         yield Pair(name, target, draft, prompts, stop_ids)
 
 

@@ -152,10 +152,12 @@ class Stats:
         """
         for node, child in zip(path, path[1:] + [None]):
             missed = child is None and choice is None
-            taken = None if missed else tree.n_children[node] + choice if child is None else tree.ranks[child]
-            for r in range(min(tree.n_children[node] + (guesses if missed else counts[node]), len(self.choices))):
-                self.choices[r][0] += 1
-                self.choices[r][1] += r == taken
+            shown = self.choices[:tree.n_children[node] + (guesses if missed else counts[node])]
+            for seen in shown:
+                seen[0] += 1
+            taken = len(shown) if missed else tree.n_children[node] + choice if child is None else tree.ranks[child]
+            if taken < len(shown):
+                shown[taken][1] += 1
 
     def use(self, tree):
         """A round is counted that verified this tree."""

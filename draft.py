@@ -258,7 +258,8 @@ class Drafter:
         outcomes = cache and (cache.nodes, cache.roots, branches.tokens, branches.guesses, branches.odds)
         found, src, dst = kernels.ops_for(spec.tokens).switch(*verdict, spec.tokens, spec.guesses, spec.odds, self.history,
                                                               self.prefix_len, outcomes)
-        self.cache.commit(src, dst)
+        if cache is not None or self.tree.forks:
+            self.cache.commit(src, dst)
         if cache is not None and spec.q is not None:
             spec.q.copy_(cache.branches.q[torch.arange(len(found), device=self.device), found[:, 1]])
         if found is not None:

@@ -138,7 +138,7 @@ class Target:
             noise = self.sampler.noise(TARGET, following, vocab)
             verdict = accept_residual(tokens, tree, p, q, coins, noise)
         report, src, dst = kernels.ops_for(tokens).settle(tokens, tree.parent, *verdict, self.prefix_len)
-        if tree.depth:                                                      # else the root stands where it belongs
+        if tree.forks:
             self.cache.commit(src, dst)
         self.mail.send(report)
         return verdict, report

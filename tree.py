@@ -24,6 +24,7 @@ class Tree:
             self.n_children[up] += 1
             mask[node] |= mask[up]
         self.depth = self.depths[-1]                                        # K
+        self.forks = max(self.n_children) > 1                               # else any accepted path lies where it belongs
         self.levels = [[n for n in range(self.size) if self.depths[n] == d] for d in range(self.depth + 1)]
         self.mask = mask.to(device)
         self.ancestors = Ancestors.of(self.mask)

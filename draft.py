@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 import kernels
-from graphs import FIRST, Graphs, Mailbox, cross, on
+from graphs import FIRST, Graphs, Mailbox, cross, fork, on
 from kernels.gate import wait_at_gate
 from kernels.noise import DRAFT
 from layout import Layout
@@ -90,6 +90,7 @@ class Drafter:
         self.cache = KVCache(model.config, batch_size, room, model.device, model.dtype)
         new = lambda *shape: torch.zeros(shape, dtype=torch.int64, device=model.device)
         self.prefix_len, self.history = new(batch_size), new(batch_size, room)      # history: the text so far, target ids
+        self.found = new(batch_size, 4)                                     # hit (0 or 1) first, the rest: kernels/switch.py
         self.mail = Mailbox(model.device, batch_size)                       # brings what `switch` found
         self.opened = torch.zeros(1, dtype=torch.int32, device=model.device)    # the gate (kernels/gate.py)
         self.drafting = {}                                                  # (tree, fan-out) -> Drafting, oldest first
@@ -246,58 +247,73 @@ class Drafter:
     def switch(self, verdict, cache=None):
         """Look the outcome up; commit the accepted path and, on a hit, the branch as the new trunk: one move of KV rows.
 
-        The branch becomes self.spec (of those that missed only the root counts). Returns found [B, 4], hit (0
-        or 1) first (the rest: kernels/switch.py), and a receipt of it. cache: a SpeculationCache; None (SD) if nothing was prepared:
-        then only the path is committed, and both are None.
+        The branch becomes self.spec (of those that missed only the root counts). Returns a receipt of self.found. cache: a
+        SpeculationCache; None (SD) if nothing was prepared: then only the path is committed, and there's no receipt.
         """
-        found = self.run("commit" if cache is None else "join", self._switch, cross(verdict, self.device), cache)
-        return found, None if found is None else self.mail.receipt(found)
+        self.run("commit" if cache is None else "join", self._switch, cross(verdict, self.device), cache)
+        return None if cache is None else self.mail.receipt(self.found)
 
     def _switch(self, verdict, cache):
         spec, branches = self.spec, cache and cache.branches
         outcomes = cache and (cache.nodes, cache.roots, branches.tokens, branches.guesses, branches.odds)
-        found, src, dst = kernels.ops_for(spec.tokens).switch(*verdict, spec.tokens, spec.guesses, spec.odds, self.history,
-                                                              self.prefix_len, outcomes)
+        src, dst = kernels.ops_for(spec.tokens).switch(*verdict, spec.tokens, spec.guesses, spec.odds, self.history,
+                                                       self.prefix_len, self.found, outcomes)
         if cache is not None or self.tree.forks:
             self.cache.commit(src, dst)
         if cache is not None and spec.q is not None:
-            spec.q.copy_(cache.branches.q[torch.arange(len(found), device=self.device), found[:, 1]])
-        if found is not None:
-            self.mail.send(found)
-        return found
+            spec.q.copy_(cache.branches.q[torch.arange(len(self.found), device=self.device), self.found[:, 1]])
+        if cache is not None:
+            self.mail.send(self.found)
 
-    def fall_back(self, backup, found):
-        """Give the sequences that missed a speculation; the others keep theirs. found: what `switch` returned.
+    def round(self, target):
+        """Launch a whole round as one graph: the gate, verify beside precompute, switch. All have run by themselves, so their
+        kernels are compiled. Returns the receipts of the report and of self.found."""
+        self.stats.draft_forwards += self.tree.depth + 1
+        with on(self.device):
+            report = self.now.graphs(self._round, target, warm=True)
+        return target.mail.receipt(report), self.mail.receipt(self.found)
+
+    def _round(self, target):
+        self._wait_at_gate()
+        with fork(target.graphs.stream) as join:                            # no branch begins with PDL: all wait for the gate
+            verdict, report = target._verify(self.spec.tokens, self.spec.q, self.tree)
+        cache = self._precompute(False)
+        join()
+        self._switch(verdict, cache)
+        return report
+
+    def fall_back(self, backup):
+        """Give the sequences that missed, by self.found, a speculation; the others keep theirs.
 
         backup: "neural" drafts it with the model, K forwards that everybody waits for; "fast" looks the last tokens up
         in the text so far and proposes what followed there, or nothing.
         """
         self.stats.draft_forwards += self.tree.depth if backup == "neural" else 0
-        self.run("miss", self._fall_back, backup, found)
+        self.run("miss", self._fall_back, backup)
 
-    def wait_at_gate(self, found):
+    def wait_at_gate(self):
         """Let the current stream wait until all have hit, or the gate is opened."""
         with on(self.device):
-            self.now.graphs(self._wait_at_gate, found)
+            self.now.graphs(self._wait_at_gate)
 
-    def _wait_at_gate(self, found):
-        if found.is_cuda:
-            wait_at_gate(found, self.opened)
+    def _wait_at_gate(self):
+        if self.found.is_cuda:
+            wait_at_gate(self.found, self.opened)
 
-    def can_go_on(self, backup, found):
-        """Whether the gate, `fall_back` and `precompute` would do nothing but replay a graph."""
-        steps = (self._wait_at_gate, found), (self._fall_back, backup, found), (self._precompute, False)
+    def can_go_on(self, backup):
+        """Whether the gate, `fall_back`, `precompute`, and so the `switch` behind that, would do nothing but replay a graph."""
+        steps = (self._wait_at_gate,), (self._fall_back, backup), (self._precompute, False)
         return all(self.now.graphs.ready(*step) for step in steps)
 
-    def get_ready(self, backup, found):
+    def get_ready(self, backup):
         """Have the graphs recorded that `can_go_on` asks for, but for precompute's: fall back, needed or not, and pass an open gate."""
-        self.fall_back(backup, found)
+        self.fall_back(backup)
         self.opened.fill_(1)
-        self.wait_at_gate(found)
+        self.wait_at_gate()
         self.opened.fill_(0)
 
-    def _fall_back(self, backup, found):
-        hit, spec, spine = found[:, 0] > 0, self.spec, self.layout.spine
+    def _fall_back(self, backup):
+        hit, spec, spine = self.found[:, 0] > 0, self.spec, self.layout.spine
         if backup == "neural":
             return self._speculate(False, hit)
         proposal = prompt_lookup(self.history, self.prefix_len + 1, len(spine) - 1)
@@ -316,7 +332,7 @@ class Drafter:
         self.mail = Mailbox(self.device, len(rows))
         self.sampler.keep(rows)
         self.cache.keep(rows)
-        self.prefix_len, self.history = self.prefix_len[rows], self.history[rows]
+        self.prefix_len, self.history, self.found = self.prefix_len[rows], self.history[rows], self.found[rows]
         self.drafting = {key: drafting for key, drafting in self.drafting.items() if drafting is self.now}
         self.now.graphs.clear()
         self.now.spec = self.spec.map(lambda x: x[rows])

@@ -33,6 +33,19 @@ def cross(x, device):
     return x if all(map(operator.is_, parts, x)) else type(x)(*parts)
 
 
+@contextlib.contextmanager
+def fork(stream):
+    """A context whose kernels go to `stream` (None: where all go), behind what the current one has got; gives a function that
+    lets that one wait for them. While a graph is recorded they become a branch of it."""
+    if stream is None:
+        yield lambda: None
+        return
+    here = torch.cuda.current_stream()
+    stream.wait_stream(here)
+    with torch.cuda.stream(stream):
+        yield partial(here.wait_stream, stream)
+
+
 FIRST = -1              # priority of the draft's kernels: tiny and many, they must not queue behind the target's grids
 MOST = 24               # graphs that a side keeps: a verify for each tree, a few for each way to draft
 # Nothing may wait for the host where each launch waits for its end, or where streams share so few queues that one blocks another.
@@ -68,7 +81,8 @@ class Graphs:
         """Whether to call f(*args) now means to launch a graph and no more: nothing to compile, to record, to copy or to wait for."""
         return not BLOCKING and (f.__func__, *map(id, args)) in self.known
 
-    def __call__(self, f, *args):
+    def __call__(self, f, *args, warm=False):
+        """warm: all that f does has run before, on the streams that record it, so it is recorded at once."""
         if not self.on:
             return f(*args)
         # The host's time counts: what was passed before, the very same objects, needs no looking into.
@@ -80,15 +94,15 @@ class Graphs:
         leaves = pytree.tree_leaves(args)
         key = (f.__func__, *(tuple(x.shape) if torch.is_tensor(x) else x for x in leaves))
         Graphs.slow += not self.recorded.get(key)
-        if key not in self.recorded:            # the first time as it is, but on the stream that will record: that compiles
-            self.recorded[key] = None           # the kernels and makes what they keep for each stream
+        if key not in self.recorded and not warm:   # the first time as it is, but on the stream that will record: that compiles
+            self.recorded[key] = None               # the kernels and makes what they keep for each stream
             current = torch.cuda.current_stream()
             self.stream.wait_stream(current)
             with torch.cuda.stream(self.stream):
                 results = f(*args)
             current.wait_stream(self.stream)
             return results
-        if self.recorded[key] is None:
+        if self.recorded.get(key) is None:
             graph = torch.cuda.CUDAGraph()      # begun by hand: torch.cuda.graph would stop the world and collect garbage
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
@@ -97,7 +111,7 @@ class Graphs:
                     results = f(*args)
                 finally:
                     graph.capture_end()
-            self.recorded.pop(key)              # the newest stands last, the oldest makes room
+            self.recorded.pop(key, None)        # the newest stands last, the oldest makes room
             self.recorded[key] = graph, leaves, results
             if len(self.recorded) > MOST:
                 self.recorded.pop(next(iter(self.recorded)))
@@ -174,7 +188,7 @@ class Beside:
     def __enter__(self):
         if self.cuda:
             self.stream, self.aside = (torch.cuda.Stream(self.device, priority=FIRST) for _ in range(2))
-            self.joined, self.passed = torch.cuda.Event(), torch.cuda.Event()
+            self.passed = torch.cuda.Event()
             self.drafter.opened.fill_(0)                                    # loads the kernel that opens it, too
         else:
             self.pool, self.threads = ThreadPoolExecutor(2), torch.get_num_threads()
@@ -209,21 +223,24 @@ class Beside:
             return drafted
         return lambda: verified, join
 
-    def ahead(self, target, draft, found):
-        """As `both`, to start where all sequences have hit (found [B, 4]) or a backup has run; target() and draft() are one graph
-        each. Until that is known nobody may wait for the GPU, nor load a kernel."""
-        self.joined.record(torch.cuda.current_stream(self.device))
-        self.drafter.wait_at_gate(found)
-        return self.both(target, draft)
+    def ahead(self, target, speculation):
+        """Launch the next round, to start where all sequences have hit or a backup has run: as one graph, or in its parts where a
+        timeline is to see them. Until that is known nobody may wait for the GPU, nor load a kernel. Returns its receipts."""
+        if self.drafter.stats.timeline is None:
+            return self.drafter.round(target)
+        self.drafter.wait_at_gate()
+        verified, drafted = self.both(partial(target.verify, *speculation), self.drafter.precompute)
+        verdict, report = verified()
+        return report, self.drafter.switch(verdict, drafted())
 
     @contextlib.contextmanager
     def backing_up(self, waiting):
-        """A context for what misses need. If a round is waiting at the gate, that happens aside and opens it."""
+        """A context for what misses need. If a round is waiting at the gate, that happens aside and opens it: at once, as mail is
+        what a round does last, and it said who missed."""
         if not waiting:
             yield
             return
         with torch.cuda.stream(self.aside):
-            self.aside.wait_event(self.joined)
             yield
             self.drafter.opened.fill_(1)
 

@@ -171,7 +171,7 @@ class Target:
 # sampling.seed for all, so that a prompt's text is the same alone and in a batch. stats: a Stats to fill in.
 #
 # A GPU should hardly ever wait for Python: AR and SD start a round before they read the last one's outcome; SSD starts it behind a
-# gate, reads who missed, and only then hands out the text.
+# gate, all of it as one CUDA graph, reads who missed, and only then hands out the text.
 
 @torch.inference_mode()
 def autoregressive(target_model, prompts, max_new_tokens, sampling, stop_ids=(), seeds=None, stats=None):
@@ -231,35 +231,37 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
     batch.prefilled()
     drafter.speculate()                                                 # round 1: the speculation cache is empty
     # glue: some speculation isn't the draft's own; works: the draft prepares something; chunks: None until they are counted; ahead: the
-    # next round, if it was launched already; covered: nobody needs a backup any more.
+    # receipts of the next round, if it was launched already; covered: nobody needs a backup any more.
     glue, works, chunks, ahead, rest = False, True, None, None, Rest(options.rests)
     with Beside(drafter) as beside:
         while True:
             speculation = drafter.spec.tokens, drafter.spec.q, tree
-            precompute = partial(drafter.precompute, glue)              # guess the outcomes, draft for each of them
-            verified, drafted = ahead or beside.both(partial(target.verify, *speculation, alone=not works),
-                                                     precompute if works else None)
+            if ahead is None:
+                precompute = partial(drafter.precompute, glue) if works else None   # guess the outcomes, draft for each of them
+                verified, drafted = beside.both(partial(target.verify, *speculation, alone=not works), precompute)
             chunks = chunks or batch.count_outcome()                    # while both work, the caller gets the last text
             if chunks:
                 yield chunks
-            verdict, report = verified()
-            found, looked_up = drafter.switch(verdict, drafted())
-            batch.post(report, looked_up)
+            if ahead is None:
+                verdict, report = verified()
+                ahead = report, drafter.switch(verdict, drafted())
+            batch.post(*ahead)
+            prepared = ahead[1] is not None                         # else it was a round of SD
             backup = choose_backup(options, batch.stats, len(batch.live))
             replan = time_to_replan(options, batch, batch.stats.rounds + 1)     # one isn't counted yet
-            ahead, covered = None, found is None
+            ahead, covered = None, not prepared
             if covered:                                             # a round of SD asks nobody before it drafts the next
                 drafter.speculate(refeed=True)
             elif (batch.read and all(batch.left) and not replan and backup == "neural" and rest.far()
                   and target.can_verify(*speculation)):
-                if drafter.can_go_on(backup, found):                # where all hit the next round follows at once
-                    ahead = beside.ahead(partial(target.verify, *speculation), drafter.precompute, found)
+                if drafter.can_go_on(backup):                       # where all hit the next round follows at once
+                    ahead = beside.ahead(target, speculation)
                 else:                                               # recorded, needed or not, while nobody waits
-                    drafter.get_ready(backup, found)
+                    drafter.get_ready(backup)
                     covered = True
             hits = batch.read_outcome(tree, drafter)
             # What is usual goes straight on to the next round, and is counted while that runs.
-            usual = found is not None and all(hits) and all(batch.left) and not replan and batch.read > 1
+            usual = prepared and all(hits) and all(batch.left) and not replan and batch.read > 1
             chunks = None if usual else batch.count_outcome()
             if batch.read == 1:                                     # at once: the next round has graphs to record first
                 yield chunks
@@ -267,23 +269,23 @@ def ssd(target_model, draft_model, prompts, max_new_tokens, sampling, options, s
             if not any(batch.left):
                 break
             if ahead is None and (rows := batch.drop_finished(target, drafter)) is not None:
-                found, hits = None if found is None else found[rows], [hits[row] for row in rows]
+                hits = [hits[row] for row in rows]
             plan = make_plan(options, batch.stats, draft_model, (tree, fan)) if replan else (tree, fan)
             if replanned := plan != (tree, fan):
                 tree, fan = plan
                 drafter.plan(tree, fan)
                 rest.new_plan()
-            elif found is not None:
+            elif prepared:
                 rest.count([hit for hit, left in zip(hits, batch.left) if left], backup)
             works = rest.over()                                         # else the coming round is one of SD
             if replanned:                                           # what was drafted is for the old plan
-                drafter.speculate(refeed=found is None, span="draft" if found is None else "miss")
-            if replanned or found is None:
+                drafter.speculate(refeed=not prepared, span="miss" if prepared else "draft")
+            if replanned or not prepared:
                 hits, backup = [False] * len(hits), "neural"
             elif not all(hits) and not covered:                         # those that missed need a speculation now
                 backup = backup if works else "neural"
                 with beside.backing_up(ahead is not None):
-                    drafter.fall_back(backup, found)
+                    drafter.fall_back(backup)
             glue = not all(hits) and backup == "fast"
             batch.start_round(hits, backup, works)
     batch.close()

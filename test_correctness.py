@@ -539,7 +539,7 @@ def test_stats_are_what_the_trace_says(sampling, options, monkeypatch):
 
     def watch_switch(self, *args):
         result = switch(self, *args)
-        found.append([bool(hit) for hit, *_ in result[0].tolist()])
+        found.append([bool(hit) for hit, *_ in self.found.tolist()])
         return result
 
     def watch_prefill(*args):
@@ -714,14 +714,16 @@ def played_graphs(monkeypatch):
     """
     events = Counter()
 
-    def call(self, f, *args):
+    def call(self, f, *args, warm=False):
         leaves, structure = pytree.tree_flatten(args)
         key = (f.__func__, *(tuple(x.shape) if torch.is_tensor(x) else x for x in leaves))
-        assert self.recorded.get(key) or not events["closed"], "kernels may be loaded here, which may wait for the GPU"
-        if key not in self.recorded:
+        # What is warm is recorded as it is launched, before anybody stands at its gate.
+        assert self.recorded.get(key) or warm or not events["closed"], "kernels may be loaded here, which may wait for the GPU"
+        events[f.__name__] += 1
+        if key not in self.recorded and not warm:
             self.recorded[key] = None
             return f(*args)
-        if self.recorded[key] is None:
+        if self.recorded.get(key) is None:
             owner = copy.copy(f.__self__)
             owner.cache, owner.sampler = copy.copy(owner.cache), copy.copy(owner.sampler)
             results = pytree.tree_map_only(torch.Tensor, torch.clone, f(*args))
@@ -747,23 +749,26 @@ def played_graphs(monkeypatch):
 
     def ready(self, f, *args):
         leaves = pytree.tree_leaves(args)
-        _, _, fixed, _ = self.recorded.get((f.__func__, *(tuple(x.shape) if torch.is_tensor(x) else x for x in leaves))) or [()] * 4
-        return bool(fixed) and all(not torch.is_tensor(x) or x.data_ptr() == old.data_ptr() for old, x in zip(fixed, leaves))
+        graph = self.recorded.get((f.__func__, *(tuple(x.shape) if torch.is_tensor(x) else x for x in leaves)))
+        return bool(graph) and all(not torch.is_tensor(x) or x.data_ptr() == old.data_ptr() for old, x in zip(graph[2], leaves))
 
     class Gate(Beside):
-        def ahead(self, target, draft, found):
+        def ahead(self, target, speculation):
             events["ahead"] += 1
             events["closed"] = 1                                            # for all that the host knows
-            self.begin = lambda: (target(), draft())
-            self.started = self.begin() if found[:, 0].all() else [None, None]
-            return lambda: self.started[0] or pytest.fail("nobody has opened the gate"), lambda: self.started[1]
+            receipts = []
+            self.begin = lambda launch=super().ahead: receipts.extend(launch(target, speculation))
+            if self.drafter.found[:, 0].all():
+                self.begin()
+            read = lambda side: receipts[side]() if receipts else pytest.fail("nobody has opened the gate")
+            return functools.partial(read, 0), functools.partial(read, 1)
 
         @contextlib.contextmanager
         def backing_up(self, waiting):
             yield
             if waiting:
                 events["opened"], events["closed"] = events["opened"] + 1, 0
-                self.started = self.begin()
+                self.begin()
 
         def __exit__(self, *args):
             events["closed"] = 0
@@ -905,6 +910,66 @@ def test_a_steady_round_copies_nothing(played_graphs):
             before = played_graphs["copied"], played_graphs["recorded"]
             run(saguaro.ssd, PAIRS["perturbed"](), [[1, 2, 3 + request]], 40, Sampling(), options)
     assert (played_graphs["copied"], played_graphs["recorded"]) == before
+
+
+@pytest.mark.parametrize("tree", (None, "2,2"))
+def test_a_usual_round_is_one_launch(played_graphs, tree):
+    """Once all is recorded, a round is one graph, and a miss adds the backup's; for a timeline the parts are launched apart."""
+    parts = ["_precompute", "_switch", "_verify", "_wait_at_gate"]
+    request, options = ([[1, 2, 3]], [60], Sampling(0.8, seed=5)), Options(k=3, tree=tree, fanout_budget=4, rests=False)
+    expected = run(saguaro.ssd, PAIRS["perturbed"](), *request, options)[0]             # records, and so once more
+    for timeline, usual in (None, ["_round"]), (Timeline(), parts), (None, ["_round"]):
+        launched, text, stats, before = [], [], Stats(timeline=timeline), Counter(played_graphs)
+        for chunks in saguaro.ssd(*PAIRS["perturbed"](), *request, options, stats=stats):
+            names = Counter(played_graphs) - before
+            launched.append(sorted(name for name in names.elements() if name.startswith("_")))
+            before, text = Counter(played_graphs), text + chunks[0].tokens
+        assert [text] == expected == plain_texts(*request)
+        after_a_miss = sorted([*usual, "_fall_back"])
+        assert usual in launched and after_a_miss in launched
+        assert all(names in (usual, after_a_miss) for names in launched[4:])
+
+
+def test_a_round_graph_forks_and_joins(monkeypatch):
+    """The verify is a branch, on the stream that knows its kernels. It is recorded at once, and only launched from then on."""
+    log, now = [], ["main"]
+
+    class Stream(str):
+        wait_stream = lambda self, other: log.append(f"{self} waits for {other}")
+
+    class Recording:
+        capture_begin, capture_end, replay = (lambda *_, w=w, **mode: log.append(w) for w in ("record", "end", "launch"))
+
+    @contextlib.contextmanager
+    def entered(name):
+        now.append(name)
+        yield
+        now.pop()
+    for name, value in (("CUDAGraph", Recording), ("Stream", lambda priority=0: Stream("draft's" if priority else "target's")),
+                        ("current_stream", lambda: Stream(now[-1])), ("stream", entered)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    models, sampling = [copy.copy(model) for model in PAIRS["perturbed"]()], Sampling()
+    for model in models:
+        model.graphs = True
+    options, tree = Options(k=2), Tree.chain(2)
+    batch = Batch(models[0], [[1, 2, 3]], 20, sampling, (), None, Stats(), models[1])
+    target, drafter = batch.sides((Target, models[0], 40, False), (Drafter, models[1], 200, options))
+    drafter.plan(tree, [2, 1, 1])
+    for side, step in (drafter, "_wait_at_gate"), (target, "_verify"), (drafter, "_precompute"), (drafter, "_switch"):
+        def noted(*args, step=step, f=getattr(side, step)):
+            log.append(f"{step} on {now[-1]}")
+            return f(*args)
+        monkeypatch.setattr(side, step, noted)
+    with torch.inference_mode():
+        drafter.speculate()
+        log.clear()
+        drafter.round(target)
+        assert log == ["draft's waits for main", "record", "_wait_at_gate on draft's", "target's waits for draft's",
+                       "_verify on target's", "_precompute on draft's", "draft's waits for target's", "_switch on draft's",
+                       "end", "launch"]
+        log.clear()
+        drafter.round(target)
+    assert log == ["launch"] and drafter.stats.draft_forwards == 2 + 2 * 3
 
 
 @pytest.fixture
@@ -1216,10 +1281,36 @@ def test_streams_may_be_late(tree, monkeypatch):
             torch.cuda._sleep(rng.choice((0, 0, 100_000, 2_000_000)))
             return work(*args, **more)
         return wrapper
-    for side, step in ((Target, "verify"), (Drafter, "precompute"), (Drafter, "switch"), (Drafter, "fall_back")):
+    for side, step in ((Target, "verify"), *((Drafter, step) for step in ("precompute", "switch", "fall_back", "round"))):
         monkeypatch.setattr(side, step, late(getattr(side, step)))
     for _ in range(20):
         assert run(saguaro.ssd, models, prompts, 64, Sampling(0.8, seed=1), options)[0] == wanted
+
+
+@gpu_only
+@pytest.mark.parametrize("size", (1, 3))
+@pytest.mark.parametrize("tree", (Tree.chain(4, DEVICE), Tree.from_widths([4, 2, 1, 1], DEVICE)))
+def test_a_usual_round_is_one_replay(tree, size, monkeypatch):
+    """... or two after a miss; after new plans and the ends of sequences it's parts for a while. The text is ar's all along."""
+    models, replay, replays, seen = embedded_pair(), torch.cuda.CUDAGraph.replay, [0], Counter()
+
+    def counted(graph):
+        replays[0] += 1
+        replay(graph)
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+    fans = itertools.cycle([[1] * (tree.size - 1) + [4], [4] + [1] * (tree.size - 1)])
+    monkeypatch.setattr(saguaro, "make_plan", lambda *args: (tree, next(fans)))
+    monkeypatch.setattr(saguaro, "time_to_replan", lambda options, batch, rounds: rounds % 40 == 0)
+    prompts = [random.Random(i).choices(range(100, 4000), k=5 + 3 * i) for i in range(size)]
+    request = prompts, [300, 90, 200][:size], Sampling(0.8, seed=1)
+    wanted, found = run(saguaro.autoregressive, models, *request)[0], [[] for _ in range(size)]
+    for chunks in saguaro.ssd(*models, *request, Options(k=4, rests=False)):
+        seen[replays[0]] += 1
+        replays[0] = 0
+        for chunk in chunks:
+            found[chunk.sequence] += chunk.tokens
+    assert found == wanted
+    assert min(seen[1], seen[2]) > 3 and seen[1] + seen[2] > 0.5 * seen.total()
 
 
 @gpu_only

@@ -85,8 +85,9 @@ def two_sides(monkeypatch):
     def started(start):
         def wrapper(self, *args):
             start(self, *args)
-            for name in {"prefix_len", "history", "root"} & vars(self).keys():      # what follows from these is on their side too
-                setattr(self, name, getattr(self, name).as_subclass(type(self.model.embed)))
+            side = OnTarget if self.model.device.index is None else OnDraft
+            for name in {"prefix_len", "history", "found", "root"} & vars(self).keys():     # what follows from these is there too
+                setattr(self, name, getattr(self, name).as_subclass(side))
         return wrapper
     for kind in (draft.Drafter, saguaro.Target):
         monkeypatch.setattr(kind, "start", started(kind.start))

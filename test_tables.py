@@ -289,8 +289,8 @@ def fast_as_if_drafted(monkeypatch):
     """The fast backup's proposals pass for samples of a uniform q (the reference accepts them too often as well)."""
     fall_back = Drafter.fall_back
 
-    def wrong(self, backup, found):
-        fall_back(self, backup, found)
+    def wrong(self, backup):
+        fall_back(self, backup)
         self.spec.q.copy_(torch.where(self.spec.q == 1, 1 / V, self.spec.q))
     monkeypatch.setattr(Drafter, "fall_back", wrong)
 

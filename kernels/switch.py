@@ -10,14 +10,14 @@ import triton.language as tl
 from kernels.commit import path_slots, path_slots_ref
 
 
-def switch_ref(path, length, bonus, tokens, guesses, odds, history, prefix_len, outcomes=None):
+def switch_ref(path, length, bonus, tokens, guesses, odds, history, prefix_len, found, outcomes=None):
     """Take over the branch that answers a verdict (path [B, K+1], length [B], bonus [B]).
 
     In place: tokens [B, M+1], guesses [B, M+1, F] and their odds (as in kernels/grow.py, or None) become the branch's, the root
-    bonus; history [B, room] gets the accepted tokens and bonus; prefix_len [B] moves behind the path. outcomes: nodes [B, N],
-    roots [B, N], and tokens [B, N, M+1], guesses [B, N, M+1, F] and odds of the branches, where branch i answers the outcome
-    (nodes[b, i], roots[b, i]); None: there are none, and all but the root stays. Returns found [B, 4] or None: hit (0 or 1), the
-    branch (any on a miss), how many guesses at its node came before it, how many there were at the outcome's node; and src, dst
+    bonus; history [B, room] gets the accepted tokens and bonus; prefix_len [B] moves behind the path; found [B, 4] becomes hit (0
+    or 1), the branch (any on a miss), how many guesses at its node came before it, how many there were at the outcome's node.
+    outcomes: nodes [B, N], roots [B, N], and tokens [B, N, M+1], guesses [B, N, M+1, F] and odds of the branches, where branch i
+    answers the outcome (nodes[b, i], roots[b, i]); None: there are none, and all but the root stays, found too. Returns src, dst
     for `commit`: the path behind the prefix and, on a hit, the branch behind the path.
     """
     start = prefix_len[:, None].clone()
@@ -27,7 +27,7 @@ def switch_ref(path, length, bonus, tokens, guesses, odds, history, prefix_len, 
     history.scatter_(1, prefix_len[:, None], bonus[:, None])
     tokens[:, 0] = bonus
     if outcomes is None:
-        return None, src, dst
+        return src, dst
     nodes, roots, branch_tokens, branch_guesses, branch_odds = outcomes
     here = nodes == path[:, -1:]                                            # [B, N]
     hit, branch = (here & (roots == bonus[:, None])).int().max(dim=1)
@@ -39,7 +39,8 @@ def switch_ref(path, length, bonus, tokens, guesses, odds, history, prefix_len, 
     i, moves = torch.arange(tokens.shape[1], device=tokens.device), hit[:, None]
     src = torch.cat([src, start + moves * ((branch[:, None] + 1) * len(i) + i)], 1)
     dst = torch.cat([dst, start + moves * (length[:, None] + 1 + i)], 1)
-    return torch.stack([hit, branch, before, here.sum(1)], 1), src, dst
+    torch.stack([hit, branch, before, here.sum(1)], 1, out=found)
+    return src, dst
 
 
 @triton.jit
@@ -83,15 +84,15 @@ def switch_kernel(path_ptr, length_ptr, bonus_ptr, token_ptr, guess_ptr, guess_o
         tl.store(dst_ptr + DEPTH + 1 + i, start + hit * (length + 1 + i), mask=i < size)
 
 
-def switch(path, length, bonus, tokens, guesses, odds, history, prefix_len, outcomes=None):
-    """As switch_ref. It stands first in its CUDA graph, so there's no kernel before it that it could overlap with."""
+def switch(path, length, bonus, tokens, guesses, odds, history, prefix_len, found, outcomes=None):
+    """As switch_ref. What it waits for are the ends of two streams, so it doesn't start before them (no PDL)."""
     (B, size), P = tokens.shape, path.shape[1] + (0 if outcomes is None else tokens.shape[1])
     new = lambda n: torch.empty(B, n, device=tokens.device, dtype=torch.int64)
-    found, src, dst, none = new(4), new(P), new(P), (tokens, tokens)
+    src, dst, none = new(P), new(P), (tokens, tokens)
     *branches, branch_odds = (*none, *none, None) if outcomes is None else outcomes
     N = 0 if outcomes is None else branches[0].shape[1]
-    assert all(x.is_contiguous() for x in (path, tokens, guesses, history, *(odds or ()), *branches, *(branch_odds or ())))
+    assert all(x.is_contiguous() for x in (path, tokens, guesses, history, found, *(odds or ()), *branches, *(branch_odds or ())))
     switch_kernel[(B,)](path, length, bonus, tokens, guesses, *(odds or none), history, prefix_len, *branches,
                         *(branch_odds or none), found, src, dst, path.shape[1] - 1, P, size, guesses.shape[-1], history.shape[1], N,
                         branch_odds is not None, triton.next_power_of_2(max(size, N)), 256, num_warps=4)
-    return None if outcomes is None else found, src, dst
+    return src, dst

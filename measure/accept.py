@@ -42,7 +42,7 @@ FOLDERS = {"embedded": ("weights/target", "weights/draft"), "smollm2": ("checkpo
 PROMPTS = "humaneval20_gsm8k20_mtbench20.jsonl", "humaneval7_gsm8k7_mtbench6.jsonl"     # the first that is there
 CHAIN, TREE = Options(), Options(tree="16")
 ALONE = 5               # prompts that also run by themselves
-STEPS = (Target, "verify"), *((Drafter, step) for step in ("precompute", "switch", "fall_back", "wait_at_gate"))
+STEPS = (Target, "verify"), *((Drafter, step) for step in ("precompute", "switch", "fall_back", "wait_at_gate", "round"))
 
 
 def load(name, args):

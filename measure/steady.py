@@ -106,7 +106,10 @@ def timed(wait_for):
 
 
 def host(pair, args):
-    """Python takes less than 100 us a round, and is done with it before the verify is."""
+    """Python takes less than 100 us a round, and is done with it before the verify is.
+
+    The first is measured as rounds usually run, as one graph each; the second on a timeline, for which their parts run apart.
+    """
     share = at_8b_cost(pair, args, right=True)
     stats, sampling, own, before = Stats(), Sampling(), [], None
     request = [pair.target.run_with(share=share), pair.draft], pair.prompts[:1], args.new, sampling, Options()

@@ -1289,8 +1289,8 @@ def test_streams_may_be_late(tree, monkeypatch):
 
 @gpu_only
 @pytest.mark.parametrize("size", (1, 3))
-@pytest.mark.parametrize("tree", (Tree.chain(4, DEVICE), Tree.from_widths([4, 2, 1, 1], DEVICE)))
-def test_a_usual_round_is_one_replay(tree, size, monkeypatch):
+@pytest.mark.parametrize("widths", (None, "4,2,1,1"))
+def test_a_usual_round_is_one_replay(widths, size, monkeypatch):
     """... or two after a miss; after new plans and the ends of sequences it's parts for a while. The text is ar's all along."""
     models, replay, replays, seen = embedded_pair(), torch.cuda.CUDAGraph.replay, [0], Counter()
 
@@ -1298,13 +1298,16 @@ def test_a_usual_round_is_one_replay(tree, size, monkeypatch):
         replays[0] += 1
         replay(graph)
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
-    fans = itertools.cycle([[1] * (tree.size - 1) + [4], [4] + [1] * (tree.size - 1)])
+    options = Options(k=4, tree=widths, rests=False)
+    tree = Tree.chain(4, DEVICE) if widths is None else Tree.from_widths(options.widths(), DEVICE)
+    few = min(tree.size, options.fanout_budget - 3)
+    fans = itertools.cycle([[4] + [1] * (few - 1) + [0] * (tree.size - few), [1] * (few - 1) + [0] * (tree.size - few) + [4]])
     monkeypatch.setattr(saguaro, "make_plan", lambda *args: (tree, next(fans)))
     monkeypatch.setattr(saguaro, "time_to_replan", lambda options, batch, rounds: rounds % 40 == 0)
     prompts = [random.Random(i).choices(range(100, 4000), k=5 + 3 * i) for i in range(size)]
     request = prompts, [300, 90, 200][:size], Sampling(0.8, seed=1)
     wanted, found = run(saguaro.autoregressive, models, *request)[0], [[] for _ in range(size)]
-    for chunks in saguaro.ssd(*models, *request, Options(k=4, rests=False)):
+    for chunks in saguaro.ssd(*models, *request, options):
         seen[replays[0]] += 1
         replays[0] = 0
         for chunk in chunks:
